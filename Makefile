@@ -1,0 +1,61 @@
+# The only entry: every target sets up what it needs. `make` alone lists them.
+PYTHON ?= python3
+JOBS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# The theme prints a page about its successor on every build otherwise.
+export NO_MKDOCS_2_WARNING := 1
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: help setup compare test evidence check docs bench clean
+# Timings and the two test workers want the machine to themselves, so -j must not mix the targets.
+.NOTPARALLEL:
+
+help:
+	@echo "make compare   the main job: dense attention and the methods, on the bundled model and text"
+	@echo "make test      all tests but the papers' evidence"
+	@echo "make evidence  the tests that show what the registered papers claim"
+	@echo "make check     format, lint, types, register, tables, docs and wheel"
+	@echo "make docs      regenerate the tables and build the site into site/"
+	@echo "make bench     every script of benchmarks/"
+	@echo "make setup     only the virtual environment in .venv (PYTHON=$(PYTHON))"
+	@echo "make clean     remove what was built; .venv stays"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing Tilewise and its tools into .venv (once; a few minutes, mostly torch)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[compare,test,dev,docs]"
+	@touch $@
+
+compare: $(STAMP)
+	@mkdir -p reports
+	@$(BIN)/tilewise compare --out reports/compare.html --json reports/compare.json
+
+test: $(STAMP)
+	$(PYTEST) -m "not evidence"
+
+evidence: $(STAMP)
+	$(PYTEST) -m evidence --durations=5
+
+check: $(STAMP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_papers.py
+	$(BIN)/python tools/tables.py --check
+	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python tools/check_wheel.py
+
+docs: $(STAMP)
+	$(BIN)/python tools/tables.py
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP)
+	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist site reports src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,25 @@
+"""Long sequences for less: published methods as compositions of tiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tilewise import attention, tiles
+from tilewise.attention import attend, explain
+
+if TYPE_CHECKING:
+    from tilewise.models import patch, register
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Patching needs transformers, which `import tilewise` must not import.
+    if name in ("patch", "register"):
+        from tilewise import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["__version__", "attend", "attention", "explain", "patch", "register", "tiles"]

@@ -1,0 +1,160 @@
+"""Plans: what a method decided for given inputs, as passes over the tile kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tilewise.kernels import Choice
+from tilewise.kernels.attend_tiles import Call, attend, explain
+from tilewise.tiles import Partial, TileMap, Tiling, Visibility, merge
+from tilewise.tiles.visibility import take, to_heads
+
+WHOLE = TileMap.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool))  # the cut by which costs are counted
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One run of the tile kernel, covering some of the keys.
+
+    Args:
+        view: what each query may see in this pass, in the tokens' own order.
+        tiles: the tiles to compute, cut in permuted order; None computes all that is visible.
+        q_order, k_order: permutations `[B|1, H_q|1, N_q]`, `[B|1, H_kv|1, N_k]`; None = as given.
+        pool: when set, keys and values are replaced by their means over the tiles of this tiling (cut in
+            `k_order`), each standing for its count of tokens; `view` and `tiles` then speak of the means.
+        keep: with `pool`, bool `[B|1, H_kv|1, N_k]`, the tokens that count in a mean (padding does not).
+    """
+
+    view: Visibility
+    tiles: TileMap | None = None
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
+    pool: Tiling | None = None
+    keep: Tensor | None = None
+
+    def cost(self) -> Tensor:
+        """Scores computed, `[B|1, H|1]` float64."""
+        view = self.view.permute(self.q_order, self.k_order)
+        return (whole(view) if self.tiles is None else self.tiles).cost(view)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Passes whose partial results, merged, are the method's answer.
+
+    Attributes:
+        passes: over disjoint parts of what is visible.
+        view: all that the mask makes visible, the denominator of density.
+        seconds: time spent choosing, when it was measured (see `tilewise.attention.plan`).
+    """
+
+    passes: tuple[Pass, ...]
+    view: Visibility
+    seconds: float | None = None
+
+    @property
+    def tile_maps(self) -> tuple[TileMap | None, ...]:
+        """The tile map of each pass; None where a pass computes all it sees."""
+        return tuple(p.tiles for p in self.passes)
+
+    def density_by_head(self) -> Tensor:
+        """Scores computed over scores in visible tiles, `[B|1, H|1]`; 0 where nothing is visible."""
+        costs = [whole(self.view).cost(self.view)[1], *(p.cost() for p in self.passes)]
+        heads = max(cost.shape[1] for cost in costs)
+        visible, *computed = torch.broadcast_tensors(*(to_heads(cost, heads) for cost in costs))
+        return torch.stack(computed).sum(0) / visible.clamp(min=1)
+
+    @property
+    def density(self) -> float:
+        """Tiles computed over tiles visible, in tokens times tokens, averaged over batch and heads.
+
+        Visible tiles are counted at 128 x 128, so a method with smaller tiles can be below the share of
+        visible scores that dense attention computes.
+        """
+        return float(self.density_by_head().mean())
+
+    def kept(self, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
+        """Whether these queries read these keys exactly: bool `[B|1, heads, len(q_tokens), len(k_tokens)]`.
+
+        For drawings and tests. Means of tiles (pooled passes) do not count as read.
+        """
+        q_tokens, k_tokens = q_tokens.view(1, 1, -1), k_tokens.view(1, 1, -1)
+        read = torch.zeros((), dtype=torch.bool, device=q_tokens.device)
+        for p in self.passes:
+            if p.pool is not None:
+                continue
+            seen = to_heads(p.view.permute(q_tokens, k_tokens).tokens(), heads)
+            read = read | (seen if p.tiles is None else seen & _chosen(p, q_tokens, k_tokens, heads))
+        return read.expand(read.shape[0], heads, -1, -1)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        engine: str = "auto",
+        need_lse: bool = True,
+    ) -> Partial:
+        """Execute the passes on the chosen engine and merge them."""
+        need_lse = need_lse or len(self.passes) > 1
+        calls = self.calls(q, k, v, bias, scale, softcap, need_lse)
+        return merge([attend(call, engine) for call in calls])
+
+    def explain(self, q: Tensor, k: Tensor, v: Tensor, engine: str = "auto", **options) -> list[Choice]:
+        """Which engine would run each pass, and why the others would not."""
+        need_lse = options.pop("need_lse", False) or len(self.passes) > 1
+        calls = self.calls(
+            q, k, v, options.get("bias"), options.get("scale", 1.0), options.get("softcap"), need_lse
+        )
+        return [explain(call, engine) for call in calls]
+
+    def calls(self, q, k, v, bias, scale, softcap, need_lse) -> list[Call]:
+        """The kernel's calls, one per pass."""
+        return [_call(p, q, k, v, bias, scale, softcap, need_lse) for p in self.passes]
+
+
+def whole(view: Visibility) -> TileMap:
+    """Every tile of the usual 128 x 128 cut."""
+    t_q, t_k = WHOLE.q_tiling.count(view.q_pos.shape[2]), WHOLE.k_tiling.count(view.k_pos.shape[2])
+    keep = torch.ones(1, 1, t_q, t_k, dtype=torch.bool, device=view.q_pos.device)
+    return replace(WHOLE, keep=keep)
+
+
+def _chosen(p: Pass, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
+    """Whether the tile of each pair of tokens is kept: bool `[B|1, H, len(q_tokens), len(k_tokens)]`."""
+    n_q, n_k = p.view.q_pos.shape[2], p.view.k_pos.shape[2]
+    keep = to_heads(p.tiles.keep, heads)
+    b = max(x.shape[0] for x in (keep, p.q_order, p.k_order) if x is not None)
+    keep = keep.expand(b, heads, -1, -1)
+
+    def ids(tiling: Tiling, order: Tensor | None, tokens: Tensor, n: int) -> Tensor:
+        places = tokens if order is None else to_heads(order, heads).argsort(-1)[..., tokens.flatten()]
+        return take(to_heads(tiling.ids(n, tokens.device), heads), places).expand(b, heads, -1)
+
+    rows, columns = ids(p.tiles.q_tiling, p.q_order, q_tokens, n_q), ids(p.tiles.k_tiling, p.k_order, k_tokens, n_k)
+    rows = keep.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, keep.shape[3]))
+    return rows.gather(3, columns.unsqueeze(2).expand(-1, -1, rows.shape[2], -1))
+
+
+def _call(p: Pass, q, k, v, bias, scale, softcap, need_lse) -> Call:
+    if p.pool is None:
+        return Call(q, k, v, p.view, p.tiles, p.q_order, p.k_order, bias, scale, softcap, need_lse)
+    if bias is not None:
+        raise ValueError("a pooled remainder takes no bias: a bias per key has no meaning for means of keys")
+    ordered = [take(x, p.k_order) for x in (k, v)]
+    seen = p.keep if p.k_order is None else take(p.keep, p.k_order)
+    (keys, counts), (values, _) = (p.pool.mean(x, seen) for x in ordered)
+    weight = counts.clamp(min=1).to(torch.float32).log()  # one mean stands for `count` equal keys
+    heads = q.shape[1]
+    bias = to_heads(weight, heads).unsqueeze(2)  # [b, h, 1, T]
+    return Call(
+        q, keys.to(k.dtype), values.to(v.dtype), p.view, p.tiles, p.q_order, None, bias, scale, softcap, need_lse
+    )
+

@@ -1,0 +1,120 @@
+"""Scores: how much a tile of the attention matrix matters, from queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilewise.attention.stages import Layout
+from tilewise.tiles import NONE, Tiling
+from tilewise.tiles.visibility import to_heads
+
+AT_ONCE = 1 << 23  # numbers in a temporary: 32 MiB of float32
+
+
+def grouped(q: Tensor, k: Tensor) -> Tensor:
+    """`q [B, H_q, M, D] @ k [B, H_kv, W, D]` transposed, without repeating k: `[B, H_q, M, W]`."""
+    b, heads, m, d = q.shape
+    kv_heads = k.shape[1]
+    folded = q.reshape(b, kv_heads, heads // kv_heads * m, d)
+    return (folded @ k.mT).view(b, heads, m, k.shape[2])
+
+
+def mass(scores: Tensor, among: Tensor) -> Tensor:
+    """Softmax over the tiles `among`; rows without any are 0."""
+    scores = scores.masked_fill(~among, -torch.inf)
+    return scores.softmax(-1).masked_fill(~among, 0)
+
+
+def _seen(layout: Layout, x: Tensor) -> Tensor:
+    """Keys with padding set to 0."""
+    return x.masked_fill(~layout.view.keys_seen().unsqueeze(-1), 0)
+
+
+@dataclass(frozen=True)
+class MeanPool:
+    """Softmax over tiles of the product of mean query and mean key. Grouped heads: each query head for itself."""
+
+    looks = "tile"
+
+    def score(self, layout: Layout, among: Tensor) -> Tensor:
+        q = layout.q_tiling.mean(layout.q)[0]
+        k = layout.k_tiling.mean(layout.k, layout.view.keys_seen())[0]
+        return mass(grouped(q, k.to(q.dtype)) * layout.scale, among)
+
+
+@dataclass(frozen=True)
+class Centroid:
+    """Product of each query with the mean key of a tile, summed over the queries of the tile.
+
+    With tiles one query high this is MoBA's router.
+    """
+
+    looks = "tile"
+
+    def score(self, layout: Layout, among: Tensor) -> Tensor:
+        q = layout.q_tiling.mean(layout.q)[0] if layout.q_tiling.size > 1 else layout.q
+        k = layout.k_tiling.mean(layout.k, layout.view.keys_seen())[0]
+        return grouped(q.to(k.dtype), k) * layout.scale
+
+
+@dataclass(frozen=True)
+class Antidiagonal:
+    """XAttention's score: the mass of a softmax over strided antidiagonal sums.
+
+    Queries and keys are taken in groups of `stride` tokens. The score of a pair of groups is the sum along the
+    antidiagonal of its `stride x stride` square, so every row and column of the square is read once. A softmax
+    over visible groups, summed within tiles, estimates a tile's attention mass at 1/stride of the cost of the
+    full scores. Tile sizes must be multiples of `stride`. Grouped heads: each query head for itself.
+    """
+
+    stride: int = 8
+    looks = "tile"
+
+    def score(self, layout: Layout, among: Tensor) -> Tensor:
+        for tiling in (layout.q_tiling, layout.k_tiling):
+            if tiling.bounds is not None or tiling.size % self.stride:
+                raise ValueError(f"antidiagonal scores need tiles in multiples of stride {self.stride}")
+        every = Tiling(self.stride)
+        q = every.split(layout.q, 0).flip(3).flatten(3)  # [b, h, groups, stride * d], last token first
+        k = every.split(_seen(layout, layout.k), 0).flatten(3)
+        hidden = to_heads(layout.view.tiles(every, every), layout.heads) == NONE
+        rows, columns = Tiling(layout.q_tiling.size // self.stride), Tiling(layout.k_tiling.size // self.stride)
+
+        b, heads, groups_q, _ = q.shape
+        out = []
+        step = max(1, AT_ONCE // max(1, b * heads * k.shape[2] * rows.size)) * rows.size
+        for start in range(0, groups_q, step):
+            some = slice(start, start + step)
+            logits = grouped(q[:, :, some], k).float() * (layout.scale / self.stride)
+            logits.masked_fill_(hidden[:, :, some], -torch.inf)
+            weights = logits.softmax(-1).nan_to_num_(0)  # rows that see nothing
+            summed = columns.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3)  # [b, h, some, T_k]
+            out.append(rows.split(summed, 0).sum(3))
+        if not out:
+            return q.new_zeros(b, heads, 0, layout.k_tiling.count(layout.k.shape[2]), dtype=torch.float32)
+        return torch.cat(out, 2)
+
+
+@dataclass(frozen=True)
+class TrueMass:
+    """The oracle: a tile's true share of attention, summed over its queries. Costs as much as dense attention."""
+
+    looks = "tile"
+
+    def score(self, layout: Layout, among: Tensor) -> Tensor:
+        b, heads, n_q, _ = layout.q.shape
+        step = max(1, AT_ONCE // max(1, b * heads * layout.k.shape[2] * layout.q_tiling.size)) * layout.q_tiling.size
+        out = []
+        for start in range(0, n_q, step):
+            some = torch.arange(start, min(start + step, n_q), device=layout.q.device).view(1, 1, -1)
+            seen = to_heads(layout.view.permute(some, None).tokens(), heads)
+            logits = grouped(layout.q[:, :, start : start + step], layout.k).float() * layout.scale
+            weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num_(0)
+            summed = layout.k_tiling.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3)
+            out.append(layout.q_tiling.split(summed, 0).sum(3))
+        if not out:
+            return layout.q.new_zeros(b, heads, 0, layout.k_tiling.count(layout.k.shape[2]), dtype=torch.float32)
+        return torch.cat(out, 2)

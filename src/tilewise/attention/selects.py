@@ -1,0 +1,84 @@
+"""Selects: which tiles are paid for, given their scores; and tiles that always are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilewise.attention.stages import Layout
+from tilewise.tiles.visibility import to_heads
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The `k` best tiles of each row; forced tiles are among them."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"top-k must be an integer >= 1, got {self.k!r}")
+
+    def select(self, scores: Tensor, among: Tensor, forced: Tensor) -> Tensor:
+        ranked = scores.masked_fill(~among, -torch.inf).masked_fill(forced, torch.inf)
+        if self.k >= scores.shape[-1]:
+            return among.expand_as(scores)
+        best = ranked.topk(self.k, -1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & (among | forced)
+
+
+@dataclass(frozen=True)
+class Mass:
+    """The fewest tiles of each row that hold a share `threshold` of the row's score.
+
+    A tile is taken while the mass before it is below the share, so that rounding never leaves a row empty.
+    Forced tiles come first and their mass counts. A threshold of 1 takes every tile.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"mass threshold must be in (0, 1], got {self.threshold!r}")
+
+    def select(self, scores: Tensor, among: Tensor, forced: Tensor) -> Tensor:
+        if self.threshold == 1:
+            return among.expand_as(scores)
+        scores = scores.masked_fill(~among, 0)
+        first = scores.masked_fill(forced & among, torch.inf)
+        order = first.argsort(dim=-1, descending=True, stable=True)
+        ordered = scores.gather(-1, order)
+        before = ordered.cumsum(-1) - ordered
+        taken = before < self.threshold * scores.sum(-1, keepdim=True)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken) & among
+
+
+@dataclass(frozen=True)
+class Own:
+    """Always: tiles whose keys lie in the same segment of positions as some of the tile's queries.
+
+    A segment of 1 gives the diagonal: tiles that include a query's own position.
+    """
+
+    segment: int = 1
+
+    def tiles(self, layout: Layout, visible: Tensor) -> Tensor:
+        far = 2**61
+        q = torch.div(layout.view.q_pos, self.segment, rounding_mode="floor").unsqueeze(-1)
+        pos = to_heads(layout.view.pos[..., :1], layout.heads)
+        k = torch.div(pos, self.segment, rounding_mode="floor")
+        q_first = layout.q_tiling.split(q, far).amin(3)  # [b, h, T_q, 1]
+        q_last = layout.q_tiling.split(q, -far).amax(3)
+        k_first = layout.k_tiling.split(k, far).amin(3).mT  # [b, h, 1, T_k]
+        k_last = layout.k_tiling.split(k, -far).amax(3).mT
+        return (k_first <= q_last) & (q_first <= k_last)
+
+
+@dataclass(frozen=True)
+class First:
+    """Always: the first tile that a row can see, where attention sinks lie."""
+
+    def tiles(self, layout: Layout, visible: Tensor) -> Tensor:
+        return visible & (visible.cumsum(-1) == 1)

@@ -1,0 +1,106 @@
+"""The sub-commands of `tilewise`. What each needs is imported inside it, so that the others stay quick."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tilewise.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tilewise import __version__
+
+        typer.echo(f"tilewise {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def tilewise(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Long sequences for less: published methods, compared on your model and your text."""
+
+
+def _names(listed: str | None) -> tuple[str, ...] | None:
+    return None if listed is None else tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str | None, typer.Argument(help="Local directory or hub id; default: the bundled model.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file; default: the bundled sample.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the text to run on.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, comma-separated; dense always runs first.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of perplexity,recall,passkey.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Everything measured, as JSON.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the retrieval tasks.")] = None,
+) -> None:
+    """Run several methods against the dense model: time, memory, quality, and what actually ran."""
+    missing = [
+        name for name in ("transformers", "safetensors", "plotly") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise UserError(f'compare needs {", ".join(missing)}: pip install "tilewise[compare]"')
+    from tilewise.compare import Settings, run_compare
+
+    given = {
+        "model": model,
+        "text": text,
+        "tokens": tokens,
+        "methods": _names(methods),
+        "device": device,
+        "dtype": dtype,
+        "tasks": _names(tasks),
+        "out": out,
+        "json": json,
+        "seed": seed,
+    }
+    # Defaults are stated once, in Settings.
+    run_compare(Settings(**{name: value for name, value in given.items() if value is not None}))
+
+
+@app.command()
+def papers(
+    words: Annotated[list[str] | None, typer.Argument(help="Show the papers with all these words.")] = None,
+) -> None:
+    """List the papers that work here, each with the object to import and the tests that show its claim."""
+    from tilewise import papers as register
+
+    found = register.search(words or [])
+    if not found:
+        raise UserError(f"no paper matches {' '.join(words or [])!r}; `tilewise papers` lists all of them")
+    for paper in found:
+        typer.echo(f"{paper.key}  {paper.title}, {paper.date} (paper {paper.id})")
+        for line in (paper.object, paper.url, *paper.evidence):
+            typer.echo(f"    {line}")
+    typer.echo(f"{len(found)} of {len(register.load())} papers")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has and which engines work, and test them numerically."""
+    from tilewise import doctor as examination
+
+    for name, value in examination.facts().items():
+        typer.echo(f"{name:<14}{value}")
+    checks = examination.self_test()
+    for check in checks:
+        typer.echo(check.line())
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,104 @@
+"""What follows from the measurements: where each method starts to pay, and one sentence of advice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+SLACK_BITS = 0.01  # bits per byte that a method may lose and still be called as good
+SLACK_TASK = 0.05  # accuracy, likewise
+
+
+def crossovers(lengths: list[dict[str, Any]], methods: list[str]) -> list[dict[str, Any]]:
+    """The number of tokens from which each method is faster than dense, from the measured lengths."""
+    found = []
+    for method in methods:
+        points = [(row["tokens"], row["methods"]["dense"]["ms"], row["methods"][method]["ms"]) for row in lengths
+                  if method in row["methods"] and "dense" in row["methods"]]  # fmt: skip
+        if len(points) >= 2:
+            found.append({"method": method, **_crossover(points)})
+    return found
+
+
+def _crossover(points: list[tuple[int, float, float]]) -> dict[str, Any]:
+    points = sorted(points)
+    faster = [mine < dense for _, dense, mine in points]
+    if all(faster):
+        return {"tokens": None, "note": f"faster at every measured length, from {points[0][0]:,} tokens"}
+    if faster[-1]:
+        last = max(i for i, good in enumerate(faster) if not good)
+        (a, dense_a, mine_a), (b, dense_b, mine_b) = points[last], points[last + 1]
+        gap_a, gap_b = math.log(mine_a / dense_a), math.log(mine_b / dense_b)
+        tokens = math.exp(math.log(a) + (math.log(b) - math.log(a)) * gap_a / (gap_a - gap_b))
+        return {"tokens": round(tokens), "note": f"measured between {a:,} and {b:,}"}
+    beyond = _extrapolate(points)
+    if beyond is None:
+        return {"tokens": None, "note": f"slower up to {points[-1][0]:,} tokens, and its trend does not cross"}
+    return {
+        "tokens": None,
+        "note": f"slower up to {points[-1][0]:,} tokens; the trend crosses near {beyond:,} (extrapolated)",
+    }
+
+
+def _extrapolate(points: list[tuple[int, float, float]]) -> int | None:
+    """Where quadratics through the measured times cross, beyond the last; None when they do not."""
+    if len(points) < 3:
+        return None
+    n = torch.tensor([p[0] for p in points], dtype=torch.float64) / points[-1][0]
+    gap = torch.tensor([mine - dense for _, dense, mine in points], dtype=torch.float64)
+    c, b, a = torch.linalg.lstsq(torch.stack([n**0, n, n**2], 1), gap.unsqueeze(1)).solution[:, 0].tolist()
+    if a >= 0:
+        return None
+    root = (-b - math.sqrt(max(b * b - 4 * a * c, 0))) / (2 * a)
+    if not 1 < root < 64:
+        return None
+    return int(float(f"{root * points[-1][0]:.2g}"))
+
+
+def advice(methods: list[dict[str, Any]], length: int) -> str:
+    """One plain sentence, which may be that dense is the right choice."""
+    if not methods or methods[0].get("prefill_ms") is None:
+        return "Nothing was measured to the end, so there is no advice."
+    dense, others = methods[0], [m for m in methods[1:] if m.get("prefill_speedup") is not None]
+    if not others:
+        return "Only dense attention was measured, so there is nothing to choose from."
+    tokens = f"at {length:,} tokens"
+    faster = [m for m in others if (m.get("prefill_speedup_low") or 0) > 1]
+    if not faster:
+        best = max(others, key=lambda m: m["prefill_speedup"])
+        return (
+            f"Dense is faster here: {tokens} no method reads the prompt surely faster"
+            f" (the nearest, {best['method']}, takes {1 / best['prefill_speedup']:.2f} times as long)."
+        )
+    good = [m for m in faster if _as_good(m, dense)]
+    if good:
+        best = max(good, key=lambda m: m["prefill_speedup"])
+        return (
+            f"Use {best['method']}: {tokens} it reads the prompt {best['prefill_speedup']:.2f} times as fast as dense"
+            f" at {best['bits_per_byte_change']:+.3f} bits per byte" + _kept(best) + "."
+        )
+    best = max(faster, key=lambda m: m["prefill_speedup"])
+    return (
+        f"Stay with dense where quality counts: the faster methods lose more than {SLACK_BITS} bits per byte or"
+        f" {SLACK_TASK:.0%} of a retrieval task ({best['method']} is {best['prefill_speedup']:.2f} times as fast)."
+    )
+
+
+def _as_good(method: dict[str, Any], dense: dict[str, Any]) -> bool:
+    change = method.get("bits_per_byte_change")
+    if change is None or change > SLACK_BITS:
+        return False
+    kept = method.get("tasks", {})
+    return all(
+        task in kept and kept[task]["accuracy"] >= score["accuracy"] - SLACK_TASK
+        for task, score in dense.get("tasks", {}).items()
+    )
+
+
+def _kept(method: dict[str, Any]) -> str:
+    tasks = method.get("tasks", {})
+    if not tasks:
+        return ""
+    return ", with " + " and ".join(f"{task} at {score['accuracy']:.0%}" for task, score in tasks.items())

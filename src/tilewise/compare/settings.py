@@ -1,0 +1,88 @@
+"""What a comparison is asked to do, checked before anything is measured."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilewise.attention import Method, as_method, named
+from tilewise.errors import UserError
+
+TASKS = ("perplexity", "recall", "passkey")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare.
+
+    Args:
+        model: a directory, a hub id, or None for the bundled model. text: a file, or None for the bundled sample.
+        tokens: tokens of the text to run on; None is the model's context, at most 8,192.
+        methods: names, each with settings if wanted ("moba:block=64:top_k=4"); dense always runs first.
+        device, dtype: where and how the model is held. tasks: of TASKS.
+        out, json: the page and the file to write; None writes none. seed: of tasks and everything random.
+        repeats: timed rounds per method, after one that is not timed.
+    """
+
+    model: str | None = None
+    text: Path | None = None
+    tokens: int | None = None
+    methods: tuple[str, ...] = field(default_factory=lambda: tuple(named()))
+    device: str = "cpu"
+    dtype: str = "float32"
+    tasks: tuple[str, ...] = TASKS
+    out: Path | None = None
+    json: Path | None = None
+    seed: int = 0
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            raise UserError(f"tasks must be of {', '.join(TASKS)}, got {', '.join(unknown) or 'none'}")
+        if self.tokens is not None and self.tokens < 2:
+            raise UserError(f"tokens must be at least 2, got {self.tokens}")
+        for path in (self.out, self.json):
+            if path is not None:
+                check_writable(Path(path))
+
+    def configured(self) -> dict[str, Method]:
+        """The methods by the name given, dense first. Raises UserError for unknown names and bad settings."""
+        chosen = {"dense": as_method("dense")}
+        for text in self.methods:
+            chosen[text] = parse_method(text)
+        return chosen
+
+
+def parse_method(text: str) -> Method:
+    """A method from "name" or "name:setting=value:setting=value"."""
+    name, *pairs = text.split(":")
+    try:
+        method = as_method(name)
+        if not pairs:
+            return method
+        fields = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+        given: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if key not in fields or not equals:
+                raise ValueError(f"method {name!r} has settings {', '.join(sorted(fields)) or 'none'}, got {pair!r}")
+            given[key] = ast.literal_eval(value)
+        return dataclasses.replace(method, **given)  # type: ignore[type-var]
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise UserError(str(error)) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless a file can be written at `path`; leaves what is there untouched."""
+    if path.is_dir():
+        raise UserError(f"output {str(path)!r} is a directory; give a file")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from error

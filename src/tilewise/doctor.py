@@ -1,0 +1,121 @@
+"""What this machine has, which engines work on it, and whether they compute the right thing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from tilewise import __version__
+
+# What an engine that does not run here may raise.
+_FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
+
+
+@dataclass(frozen=True)
+class Check:
+    """How one engine did against the float64 definition; errors are relative to the size of the answer.
+
+    `refused` says why the engine does not run here, which is no fault; `failure` what it raised when it should
+    have run.
+    """
+
+    operator: str
+    engine: str
+    error: float = float("nan")
+    allowed: float = float("nan")
+    refused: str | None = None
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong: the engine refused, or its error is within bounds (a NaN is not)."""
+        return self.refused is not None or self.error <= self.allowed
+
+    def line(self) -> str:
+        """The check in one line."""
+        if self.refused:
+            return f"{self.operator}, {self.engine}: not here, {self.refused}"
+        result = self.failure or f"error {self.error:.1e}, allowed {self.allowed:.1e}"
+        return f"{self.operator}, {self.engine}: {'works' if self.passed else 'FAILED'}, {result}"
+
+
+def self_test() -> list[Check]:
+    """Causal attention through every engine, float32, grouped heads, a length no tile divides.
+
+    An engine may err twice as much as the definition itself does in float32.
+    """
+    import tilewise
+    from tilewise import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 300, 32, generator=generator) for heads in (4, 2, 2))
+
+    def attend(engine: str, dtype: torch.dtype) -> torch.Tensor:
+        out = tilewise.attend(q.to(dtype), k.to(dtype), v.to(dtype), mask="causal", engine=engine)
+        return (out if isinstance(out, torch.Tensor) else out.out).double()
+
+    exact = attend("definition", torch.float64)
+
+    def error(engine: str) -> float:
+        return ((attend(engine, torch.float32) - exact).norm() / exact.norm()).item()
+
+    allowed = 2 * error("definition")
+    checks = []
+    for engine in kernels.engines():
+        check = Check("attention", engine, allowed=allowed)
+        try:
+            check = replace(check, error=error(engine))
+        except kernels.EngineRefused as refusal:
+            check = replace(check, refused=str(refusal))
+        except _FAILURES as failure:
+            check = replace(check, failure=f"{type(failure).__name__}: {failure}".partition("\n")[0])
+        checks.append(check)
+    return checks
+
+
+def facts() -> dict[str, str]:
+    """What the machine and the installation are, by name."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "tilewise": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "plotly": _version("plotly"),
+        "triton": _version("triton"),
+        "cpu": cpu_name(),
+        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} used by torch",
+        "vector width": torch.backends.cpu.get_cpu_capability(),
+        "C++ compiler": compiler() or "missing",
+        "cuda": ", ".join(gpus) or "no device",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "present, version unknown" if importlib.util.find_spec(package) else "missing"
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it; on systems that do not, its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: $CXX if set, else the first of c++, g++, clang++ that is there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)

@@ -1,0 +1,116 @@
+"""The custom operators `tilewise::attend_tiles` and its backward, shared by all engines that compute tiles.
+
+Being `torch.library` operators with fake and autograd registrations, they stay whole inside torch.compile. The
+operator takes plain tensors and numbers; `pack` and `unpack` translate from and to a `Call`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from tilewise.kernels.attend_tiles.call import Call
+from tilewise.tiles import Partial, TileMap, Tiling, Visibility
+
+
+class Implementation(NamedTuple):
+    """What an engine registers: both take a Call whose tensors need no gradient."""
+
+    forward: Callable[[Call], Partial]
+    backward: Callable[[Call, Partial, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Optional[Tensor]]]
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+
+
+def run(call: Call, engine: str) -> Partial:
+    """Run `call` on the registered engine through the custom operator."""
+    return Partial(*torch.ops.tilewise.attend_tiles(*pack(call), engine))
+
+
+def pack(call: Call) -> tuple:
+    """The operator's arguments for `call`, without the engine."""
+    view, tiles = call.view, call.tiles
+    keep = q_bounds = k_bounds = None
+    q_size, k_size = 128, 128  # the cut used when no map is given; every visible tile is computed
+    if tiles is not None:
+        keep, q_bounds, k_bounds = tiles.keep, tiles.q_tiling.bounds, tiles.k_tiling.bounds
+        q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
+    grid = (call.q, call.k, call.v, view.lo, view.hi, view.pos, view.q_pos, view.dense)
+    cut = (keep, q_bounds, k_bounds, q_size, k_size, call.q_order, call.k_order)
+    return (*grid, *cut, call.bias, float(call.scale), float(call.softcap or 0.0))
+
+
+def unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
+           bias, scale, softcap) -> Call:  # fmt: skip
+    """The Call for the operator's arguments."""
+    if keep is None:
+        keep = torch.ones(1, 1, -(-q.shape[2] // q_size), -(-k.shape[2] // k_size), dtype=torch.bool, device=q.device)
+    tiles = TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
+    view = Visibility(lo, hi, pos, q_pos, dense)
+    return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None)
+
+
+@torch.library.custom_op("tilewise::attend_tiles", mutates_args=())
+def attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Optional[Tensor],
+    keep: Optional[Tensor], q_bounds: Optional[Tensor], k_bounds: Optional[Tensor], q_size: int, k_size: int,
+    q_order: Optional[Tensor], k_order: Optional[Tensor], bias: Optional[Tensor], scale: float, softcap: float,
+    engine: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
+                  bias, scale, softcap)  # fmt: skip
+    out, lse = IMPLEMENTATIONS[engine].forward(call)
+    return out, lse
+
+
+@attend_tiles.register_fake
+def _(q, k, v, *rest):
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("tilewise::attend_tiles_backward", mutates_args=())
+def attend_tiles_backward(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Optional[Tensor],
+    keep: Optional[Tensor], q_bounds: Optional[Tensor], k_bounds: Optional[Tensor], q_size: int, k_size: int,
+    q_order: Optional[Tensor], k_order: Optional[Tensor], bias: Optional[Tensor], scale: float, softcap: float,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
+                  bias, scale, softcap)  # fmt: skip
+    d_q, d_k, d_v, d_bias = IMPLEMENTATIONS[engine].backward(call, Partial(out, lse), d_out, d_lse)
+    return d_q, d_k, d_v, q.new_empty(0) if d_bias is None else d_bias
+
+
+@attend_tiles_backward.register_fake
+def _(d_out, d_lse, out, lse, q, k, v, *rest):
+    bias = rest[-4]
+    contiguous = [x.new_empty(x.shape) for x in (q, k, v)]
+    return (*contiguous, q.new_empty(0) if bias is None else bias.new_empty(bias.shape))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, scale, softcap, engine = inputs
+    sizes = tensors[11:13]
+    del tensors[11:13]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.rest = (*sizes, scale, softcap, engine)
+
+
+def _backward(ctx, d_out, d_lse):
+    out, lse, *tensors = ctx.saved_tensors
+    q_size, k_size, scale, softcap, engine = ctx.rest
+    tensors[11:11] = [q_size, k_size]
+    d_q, d_k, d_v, d_bias = torch.ops.tilewise.attend_tiles_backward(
+        d_out, d_lse, out, lse, *tensors, scale, softcap, engine
+    )
+    has_bias = tensors[15] is not None
+    return d_q, d_k, d_v, *[None] * 12, d_bias if has_bias else None, None, None, None
+
+
+attend_tiles.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,7 @@
+"""Pretrained Hugging Face models: loading them safely, and swapping their attention in and out."""
+
+from tilewise.models.load import bundled_model, load_model
+from tilewise.models.patching import Event, patch
+from tilewise.models.registering import register
+
+__all__ = ["Event", "bundled_model", "load_model", "patch", "register"]

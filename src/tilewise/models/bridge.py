@@ -1,0 +1,131 @@
+"""The attention function that transformers calls: from a model's layer to a tilewise method and back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tilewise.attention import Dense, Method, Plan, attend
+from tilewise.attention import plan as make_plan
+from tilewise.models.masking import BoxMask
+from tilewise.tiles import Causal, Everything, Mask, Partial, TokenMask
+
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """One call of one layer's attention, as an observer sees it.
+
+    Attributes:
+        layer: index of the layer. method: what decided. plan: what it decided, with the seconds it took.
+        seconds: time spent attending, choosing excluded. q, k, v: the call's tensors; mask, scale: its terms.
+    """
+
+    layer: int
+    method: Method
+    plan: Plan
+    seconds: float
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask | Tensor | None
+    scale: float | None
+
+
+@dataclass(eq=False)
+class Bridge:
+    """Which method each layer uses, for prompts and for decoding, and who watches.
+
+    Attributes:
+        prefill: method per layer for calls of several queries; layers not named are dense.
+        decode: method for calls of one query in the layers named by `prefill`.
+        engine: as in `attend`.
+        observer: called with an Event after every call; timing is taken only when there is one.
+        plans: when a dictionary, plans are taken from it by layer, or put into it when missing.
+    """
+
+    prefill: Mapping[int, Method] | Method
+    decode: Method = field(default_factory=Dense)
+    engine: str = "auto"
+    observer: Callable[[Event], None] | None = None
+    plans: dict[int, Plan] | None = None
+
+    def method(self, layer: int, n_q: int) -> Method:
+        """The method of a layer for a call of `n_q` queries."""
+        prefill = self.prefill if isinstance(self.prefill, Method) else self.prefill.get(layer)
+        if prefill is None:
+            return Dense()
+        return self.decode if n_q == 1 else prefill
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """`query [B, H_q, N_q, D]`, `key` and `value [B, H_kv, N_k, D]` to `[B, N_q, H_q, D]`."""
+        if dropout:
+            raise ValueError(f"attention dropout is not supported, got {dropout}; set the model's to 0")
+        for name in ("s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{type(module).__name__} passes {name}, which tilewise does not support")
+        mask, bias, used = _mask(module, attention_mask, query, key)
+        key, value = key[:, :, :used], value[:, :, :used]
+        layer = getattr(module, "layer_idx", None) or 0
+        method: Method | Plan = self.method(layer, query.shape[2])
+        given = self.plans.get(layer) if self.plans is not None else None
+        if given is None and (self.observer or self.plans is not None):
+            _check_mode(method, query, key)
+            given = make_plan(method, query, key, mask=mask, scale=scaling)
+            if self.plans is not None:
+                self.plans[layer] = given
+        start = _clock(query) if self.observer else 0.0
+        out = attend(
+            query, key, value, given or method, mask=mask, bias=bias, scale=scaling, softcap=softcap, engine=self.engine
+        )
+        if isinstance(out, Partial):
+            out = out.out
+        if self.observer and given is not None:
+            seconds = _clock(query) - start
+            self.observer(Event(layer, method, given, seconds, query, key, value, mask, scaling))
+        return out.transpose(1, 2).contiguous(), None
+
+
+def _check_mode(method: Method, query: Tensor, key: Tensor) -> None:
+    method.check_mode(query.shape[2], key.shape[2], torch.is_grad_enabled() and query.requires_grad)
+
+
+def _mask(
+    module: nn.Module, attention_mask: Tensor | None, query: Tensor, key: Tensor
+) -> tuple[Mask, Tensor | None, int]:
+    """The layer's mask, its additive mask as a bias, and how many of the key slots are in use."""
+    n_q, n_k = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        return (Causal() if getattr(module, "is_causal", True) else Everything()), None, n_k
+    if attention_mask.dtype == torch.int64:
+        used = n_k
+        if n_q > 1:
+            # A static cache hands over all of its slots; those past the last query hold nothing yet.
+            last = attention_mask[:, :, :n_q, 1].max()
+            within = (attention_mask[:, 0, n_q:, 0] <= last).any(0).nonzero()
+            used = int(within[-1]) + 1 if len(within) else 0
+            attention_mask = attention_mask[:, :, : n_q + used]
+        return BoxMask(attention_mask, n_q), None, used
+    if attention_mask.dtype == torch.bool:
+        return TokenMask(attention_mask[:, :, :, :n_k]), None, n_k
+    return Everything(), attention_mask[:, :, :, :n_k], n_k
+
+
+def _clock(x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()

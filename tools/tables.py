@@ -1,0 +1,112 @@
+"""Writes the generated tables into README.md and docs/*.md, between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+
+`papers` comes from the register, `compare` from docs/results/compare.json, which is a copy of what `make compare`
+wrote. With --check nothing is written: exit code 1 names the pages that are out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tilewise import papers
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers if they look like it."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in body]
+    numeric = [all(re.match(r"[-+–\d]", row[i]) for row in cells) for i in range(len(head))]
+    rule = ["---:" if right else "---" for right in numeric]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(head), rule, *cells])
+
+
+def papers_table() -> str:
+    """The register, newest paper first."""
+    entries = sorted(papers.load(), key=lambda paper: paper.date, reverse=True)
+    return rows(
+        ["method", "paper", "published", "room", "object", "evidence"],
+        (
+            (
+                f"`{paper.key}`",
+                f"[{paper.title}]({paper.url})",
+                str(paper.date),
+                paper.room,
+                f"`{paper.object}`",
+                "<br>".join(f"`{name}`" for name in paper.evidence),
+            )
+            for paper in entries
+        ),
+    )
+
+
+def compare_table(path: Path = ROOT / "docs/results/compare.json") -> str:
+    """The run kept in docs/results, with the machine and settings it belongs to."""
+    if not path.exists():
+        return "*No run is recorded yet.*"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    machine, settings = run["machine"], run["settings"]
+    tasks = list(dict.fromkeys(name for method in run["methods"] for name in method["tasks"]))
+    head = ["method", "engine", "density", "prefill", "against dense", "per token", "peak memory"]
+    head += ["bits per byte", "mean KL", "top-1 agreement", *tasks]
+    table = rows(head, (_compare_row(method, tasks) for method in run["methods"]))
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
+    if machine.get("device_name"):
+        where = f"{machine['device_name']}, torch {machine['torch']}"
+    what = f"Model: {settings['model']}, {settings['tokens']:,} tokens, {settings['dtype']}"
+    return f"{table}\n\n{what}, on {where}, {run['created'][:10]}.\n{run['advice']}"
+
+
+def _compare_row(method: dict[str, Any], tasks: Sequence[str]) -> list[str]:
+    def show(key: str, form: str) -> str:
+        return "–" if method.get(key) is None else form.format(method[key])
+
+    quality = [show("bits_per_byte", "{:.3f}"), show("kl_mean", "{:.4f}"), show("top1_agreement", "{:.1%}")]
+    found = [method["tasks"].get(name) for name in tasks]
+    return [
+        method["method"],
+        show("engine", "{}"),
+        show("density", "{:.1%}"),
+        show("prefill_ms", "{:,.0f} ms"),
+        show("prefill_speedup", "{:.2f}x"),
+        show("decode_ms_per_token", "{:.1f} ms"),
+        show("peak_mb", "{:,.0f} MB"),
+        *quality,
+        *("–" if task is None else f"{task['accuracy']:.1%}" for task in found),
+    ]
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """The page with the text between each pair of markers replaced."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        page = re.sub(f"{begin}.*?{end}", lambda _, t=f"{begin}\n{table}\n{end}": t, page, flags=re.DOTALL)  # type: ignore[misc]
+    return page
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Fill or check all pages."""
+    tables = {"papers": papers_table(), "compare": compare_table()}
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        page = path.read_text(encoding="utf-8")
+        filled = fill(page, tables)
+        if filled != page:
+            stale.append(path)
+            if "--check" not in arguments:
+                path.write_text(filled, encoding="utf-8")
+    for path in stale:
+        print(
+            f"{path.relative_to(ROOT)}: "
+            + ("out of date, run `make docs`" if "--check" in arguments else "written")
+        )
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
