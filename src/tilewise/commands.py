@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,14 +52,12 @@ def compare(
     seed: Annotated[int | None, typer.Option(help="Seed of the retrieval tasks.")] = None,
 ) -> None:
     """Run several methods against the dense model: time, memory, quality, and what actually ran."""
-    missing = [
-        name for name in ("transformers", "safetensors", "plotly") if not importlib.util.find_spec(name)
-    ]
+    missing = [name for name in ("transformers", "safetensors") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f'compare needs {", ".join(missing)}: pip install "tilewise[compare]"')
     from tilewise.compare import Settings, run_compare
 
-    given = {
+    given: dict[str, Any] = {
         "model": model,
         "text": text,
         "tokens": tokens,

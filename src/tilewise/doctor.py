@@ -88,7 +88,6 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "transformers": _version("transformers"),
-        "plotly": _version("plotly"),
         "triton": _version("triton"),
         "cpu": cpu_name(),
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} used by torch",

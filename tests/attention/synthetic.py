@@ -24,7 +24,9 @@ def stripes(n: int, d: int = 32, heads: int = 2, every: int = 48, strength: floa
     q[0] += strength * direction[rows, topic]
     for head in range(heads):
         carriers = torch.randperm(n, generator=g)[: n // every]
-        k[0, head, carriers] += strength * direction[head, torch.randint(topics, (len(carriers),), generator=g)]
+        k[0, head, carriers] += (
+            strength * direction[head, torch.randint(topics, (len(carriers),), generator=g)]
+        )
     return q, k
 
 
@@ -43,5 +45,3 @@ def true_mass(q: Tensor, k: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tens
     layout = Layout(q, k, view, Tiling(tile[0]), Tiling(tile[1]), q.shape[3] ** -0.5)
     visible = layout.kinds() != NONE
     return TrueMass().score(layout, visible), visible
-
-

@@ -11,7 +11,9 @@ from torch.nn.functional import normalize
 from tilewise.attention import KeyConvolution, MoBA, attend, plan, router_recall, router_snr
 
 
-def _simulate(d: int, block: int, blocks: int, top_k: int, gap: float, clustered: int, cluster_gap: float) -> tuple:
+def _simulate(
+    d: int, block: int, blocks: int, top_k: int, gap: float, clustered: int, cluster_gap: float
+) -> tuple:
     """Share of trials in which the block holding the sought key is among the `top_k` best block means."""
     g = torch.Generator().manual_seed(d * block + top_k)
     trials, hits = 4000, 0
@@ -134,13 +136,17 @@ def test_trained_key_convolution_routes_better():
         return q, k, place // block
 
     def scores(layer, q, k):
-        return torch.einsum("td,tbd->tb", q, layer(k.unsqueeze(1))[:, 0].unflatten(1, (blocks, block)).mean(2))
+        return torch.einsum(
+            "td,tbd->tb", q, layer(k.unsqueeze(1))[:, 0].unflatten(1, (blocks, block)).mean(2)
+        )
 
     def recall(layer) -> float:
         torch.manual_seed(1)
         q, k, right = batch(1000)
         with torch.no_grad():
-            return float((scores(layer, q, k).topk(2, -1).indices == right.unsqueeze(1)).any(-1).float().mean())
+            return float(
+                (scores(layer, q, k).topk(2, -1).indices == right.unsqueeze(1)).any(-1).float().mean()
+            )
 
     layer, untouched, random = (KeyConvolution(d, width=3) for _ in range(3))
     with torch.no_grad():

@@ -65,7 +65,12 @@ def test_recipe_reads_more_mass_than_unpermuted_at_equal_density():
 
     def error(order, q, k, dense, threshold):
         recipe = PBSAttention(SEGMENT, threshold, TILE).tiles()
-        made = plan(Tiles(recipe.score, recipe.select, recipe.tile, order, recipe.always, recipe.rest, False), q, k, mask="causal")
+        made = plan(
+            Tiles(recipe.score, recipe.select, recipe.tile, order, recipe.always, recipe.rest, False),
+            q,
+            k,
+            mask="causal",
+        )
         return made.density, float((attend(q, k, v, made, mask="causal") - dense).norm() / dense.norm())
 
     for seed in range(2):

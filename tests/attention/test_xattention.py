@@ -33,7 +33,10 @@ class _ShuffledKeys(Antidiagonal):
         g = torch.Generator().manual_seed(1)
         order = torch.randperm(layout.k.shape[2], generator=g)
         return super().score(
-            Layout(layout.q, layout.k[:, :, order], layout.view, layout.q_tiling, layout.k_tiling, layout.scale), among
+            Layout(
+                layout.q, layout.k[:, :, order], layout.view, layout.q_tiling, layout.k_tiling, layout.scale
+            ),
+            among,
         )
 
 
@@ -110,7 +113,9 @@ def test_more_mass_costs_more_and_errs_less(threshold):
     q, k = stripes(1024)
     v = torch.randn(1, 2, 1024, 32)
     dense = attend(q, k, v, mask="causal")
-    low, high = (plan(XAttention(threshold=t, tile=64), q, k, mask="causal") for t in (threshold / 2, threshold))
+    low, high = (
+        plan(XAttention(threshold=t, tile=64), q, k, mask="causal") for t in (threshold / 2, threshold)
+    )
     assert low.density < high.density
     errors = [(attend(q, k, v, p, mask="causal") - dense).norm() / dense.norm() for p in (low, high)]
     assert errors[1] < errors[0]

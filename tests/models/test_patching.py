@@ -141,7 +141,11 @@ def test_layers_and_per_layer_methods():
     seen = []
     with tilewise.patch(model, {0: "moba", 2: SinkWindow(1, 8)}, observer=seen.append):
         _logits(model, tokens)
-    assert [(e.layer, type(e.method).__name__) for e in seen] == [(0, "MoBA"), (1, "Dense"), (2, "SinkWindow")]
+    assert [(e.layer, type(e.method).__name__) for e in seen] == [
+        (0, "MoBA"),
+        (1, "Dense"),
+        (2, "SinkWindow"),
+    ]
     seen.clear()
     with tilewise.patch(model, "moba", layers=[1], observer=seen.append):
         _logits(model, tokens)
@@ -235,7 +239,10 @@ def test_leak_check_catches_a_missing_mask(monkeypatch):
     """The failure it is for: attention registered while the mask function goes missing."""
     model = tiny.make("llama")
     monkeypatch.setattr(Bridge, "__call__", _without_mask(Bridge.__call__))
-    with pytest.raises(UserError, match="leak check failed for LlamaForCausalLM"), tilewise.patch(model, "dense"):
+    with (
+        pytest.raises(UserError, match="leak check failed for LlamaForCausalLM"),
+        tilewise.patch(model, "dense"),
+    ):
         pass
     assert model.config._attn_implementation == "sdpa"
 
@@ -297,11 +304,17 @@ def test_bad_input_is_said_and_changes_nothing(arguments, message):
 
 
 def test_models_that_cannot_be_patched_are_named(monkeypatch):
-    with pytest.raises(TypeError, match="PreTrainedModel, got Linear"), tilewise.patch(torch.nn.Linear(2, 2), "dense"):
+    with (
+        pytest.raises(TypeError, match="PreTrainedModel, got Linear"),
+        tilewise.patch(torch.nn.Linear(2, 2), "dense"),
+    ):
         pass
     model = tiny.make("llama")
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(UserError, match="LlamaForCausalLM does not go through"), tilewise.patch(model, "dense"):
+    with (
+        pytest.raises(UserError, match="LlamaForCausalLM does not go through"),
+        tilewise.patch(model, "dense"),
+    ):
         pass
 
 
@@ -309,7 +322,8 @@ def test_attention_dropout_is_refused():
     model = tiny.make("llama").train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    with tilewise.patch(model, "dense"), pytest.raises(ValueError, match="attention dropout is not supported"):
+    with (
+        tilewise.patch(model, "dense"),
+        pytest.raises(ValueError, match="attention dropout is not supported"),
+    ):
         model(_tokens(8))
-
-

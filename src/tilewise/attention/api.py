@@ -175,7 +175,9 @@ def _bind(q, k, v, mask, bias, scale, softcap) -> tuple[Visibility, Tensor | Non
             )
     (b, heads, n_q, d), (kv_heads, n_k) = q.shape, k.shape[1:3]
     if k.shape[0] != b or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"k and v must be [{b}, H_kv, N_k, *] alike, got {list(k.shape)} and {list(v.shape)}")
+        raise ValueError(
+            f"k and v must be [{b}, H_kv, N_k, *] alike, got {list(k.shape)} and {list(v.shape)}"
+        )
     if k.shape[3] != d or not 1 <= d <= 512:
         raise ValueError(f"q and k must share a head_dim in 1..512, got {d} and {k.shape[3]}")
     if not kv_heads or heads % kv_heads:

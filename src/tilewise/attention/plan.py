@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from tilewise.kernels.attend_tiles import Call, attend, explain
 from tilewise.tiles import Partial, TileMap, Tiling, Visibility, merge
 from tilewise.tiles.visibility import take, to_heads
 
-WHOLE = TileMap.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool))  # the cut by which costs are counted
+COUNTED = (128, 128)  # the cut by which visible tiles are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Plan:
             if p.pool is not None:
                 continue
             seen = to_heads(p.view.permute(q_tokens, k_tokens).tokens(), heads)
-            read = read | (seen if p.tiles is None else seen & _chosen(p, q_tokens, k_tokens, heads))
+            read = read | (seen if p.tiles is None else seen & _chosen(p, p.tiles, q_tokens, k_tokens, heads))
         return read.expand(read.shape[0], heads, -1, -1)
 
     def run(
@@ -122,15 +122,13 @@ class Plan:
 
 def whole(view: Visibility) -> TileMap:
     """Every tile of the usual 128 x 128 cut."""
-    t_q, t_k = WHOLE.q_tiling.count(view.q_pos.shape[2]), WHOLE.k_tiling.count(view.k_pos.shape[2])
-    keep = torch.ones(1, 1, t_q, t_k, dtype=torch.bool, device=view.q_pos.device)
-    return replace(WHOLE, keep=keep)
+    return TileMap.everything(view.q_pos.shape[2], view.k_pos.shape[2], view.q_pos.device, COUNTED)
 
 
-def _chosen(p: Pass, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
+def _chosen(p: Pass, tiles: TileMap, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
     """Whether the tile of each pair of tokens is kept: bool `[B|1, H, len(q_tokens), len(k_tokens)]`."""
     n_q, n_k = p.view.q_pos.shape[2], p.view.k_pos.shape[2]
-    keep = to_heads(p.tiles.keep, heads)
+    keep = to_heads(tiles.keep, heads)
     b = max(x.shape[0] for x in (keep, p.q_order, p.k_order) if x is not None)
     keep = keep.expand(b, heads, -1, -1)
 
@@ -138,7 +136,10 @@ def _chosen(p: Pass, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
         places = tokens if order is None else to_heads(order, heads).argsort(-1)[..., tokens.flatten()]
         return take(to_heads(tiling.ids(n, tokens.device), heads), places).expand(b, heads, -1)
 
-    rows, columns = ids(p.tiles.q_tiling, p.q_order, q_tokens, n_q), ids(p.tiles.k_tiling, p.k_order, k_tokens, n_k)
+    rows, columns = (
+        ids(tiles.q_tiling, p.q_order, q_tokens, n_q),
+        ids(tiles.k_tiling, p.k_order, k_tokens, n_k),
+    )
     rows = keep.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, keep.shape[3]))
     return rows.gather(3, columns.unsqueeze(2).expand(-1, -1, rows.shape[2], -1))
 
@@ -149,12 +150,21 @@ def _call(p: Pass, q, k, v, bias, scale, softcap, need_lse) -> Call:
     if bias is not None:
         raise ValueError("a pooled remainder takes no bias: a bias per key has no meaning for means of keys")
     ordered = [take(x, p.k_order) for x in (k, v)]
-    seen = p.keep if p.k_order is None else take(p.keep, p.k_order)
+    seen = None if p.keep is None else take(p.keep, p.k_order)
     (keys, counts), (values, _) = (p.pool.mean(x, seen) for x in ordered)
     weight = counts.clamp(min=1).to(torch.float32).log()  # one mean stands for `count` equal keys
     heads = q.shape[1]
     bias = to_heads(weight, heads).unsqueeze(2)  # [b, h, 1, T]
     return Call(
-        q, keys.to(k.dtype), values.to(v.dtype), p.view, p.tiles, p.q_order, None, bias, scale, softcap, need_lse
+        q,
+        keys.to(k.dtype),
+        values.to(v.dtype),
+        p.view,
+        p.tiles,
+        p.q_order,
+        None,
+        bias,
+        scale,
+        softcap,
+        need_lse,
     )
-

@@ -81,7 +81,10 @@ class Antidiagonal:
         q = every.split(layout.q, 0).flip(3).flatten(3)  # [b, h, groups, stride * d], last token first
         k = every.split(_seen(layout, layout.k), 0).flatten(3)
         hidden = to_heads(layout.view.tiles(every, every), layout.heads) == NONE
-        rows, columns = Tiling(layout.q_tiling.size // self.stride), Tiling(layout.k_tiling.size // self.stride)
+        rows, columns = (
+            Tiling(layout.q_tiling.size // self.stride),
+            Tiling(layout.k_tiling.size // self.stride),
+        )
 
         b, heads, groups_q, _ = q.shape
         out = []
@@ -106,7 +109,10 @@ class TrueMass:
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         b, heads, n_q, _ = layout.q.shape
-        step = max(1, AT_ONCE // max(1, b * heads * layout.k.shape[2] * layout.q_tiling.size)) * layout.q_tiling.size
+        step = (
+            max(1, AT_ONCE // max(1, b * heads * layout.k.shape[2] * layout.q_tiling.size))
+            * layout.q_tiling.size
+        )
         out = []
         for start in range(0, n_q, step):
             some = torch.arange(start, min(start + step, n_q), device=layout.q.device).view(1, 1, -1)
@@ -116,5 +122,7 @@ class TrueMass:
             summed = layout.k_tiling.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3)
             out.append(layout.q_tiling.split(summed, 0).sum(3))
         if not out:
-            return layout.q.new_zeros(b, heads, 0, layout.k_tiling.count(layout.k.shape[2]), dtype=torch.float32)
+            return layout.q.new_zeros(
+                b, heads, 0, layout.k_tiling.count(layout.k.shape[2]), dtype=torch.float32
+            )
         return torch.cat(out, 2)

@@ -1,8 +1,8 @@
 """The stages of a tile method, and `Tiles`, which composes them.
 
-    order    which tokens share a tile          score    how much a tile matters
-    select   which tiles are paid for           always   tiles paid for whatever their score
-    rest     what the other tiles contribute
+order    which tokens share a tile          score    how much a tile matters
+select   which tiles are paid for           always   tiles paid for whatever their score
+rest     what the other tiles contribute
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ def _crossover(points: list[tuple[int, float, float]]) -> dict[str, Any]:
         return {"tokens": round(tokens), "note": f"measured between {a:,} and {b:,}"}
     beyond = _extrapolate(points)
     if beyond is None:
-        return {"tokens": None, "note": f"slower up to {points[-1][0]:,} tokens, and its trend does not cross"}
+        return {
+            "tokens": None,
+            "note": f"slower up to {points[-1][0]:,} tokens, and its trend does not cross",
+        }
     return {
         "tokens": None,
         "note": f"slower up to {points[-1][0]:,} tokens; the trend crosses near {beyond:,} (extrapolated)",
@@ -76,8 +79,8 @@ def advice(methods: list[dict[str, Any]], length: int) -> str:
     if good:
         best = max(good, key=lambda m: m["prefill_speedup"])
         return (
-            f"Use {best['method']}: {tokens} it reads the prompt {best['prefill_speedup']:.2f} times as fast as dense"
-            f" at {best['bits_per_byte_change']:+.3f} bits per byte" + _kept(best) + "."
+            f"Use {best['method']}: {tokens} it reads the prompt {best['prefill_speedup']:.2f} times as fast"
+            f" as dense at {best['bits_per_byte_change']:+.3f} bits per byte" + _kept(best) + "."
         )
     best = max(faster, key=lambda m: m["prefill_speedup"])
     return (

@@ -47,7 +47,9 @@ def prepare(settings: Settings) -> Material:
     """Load the model and cut the text. Raises UserError when the text is too short or the context too small."""
     model, tokenizer = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LONGEST
+    context = (
+        getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LONGEST
+    )
     wanted = min(context, LONGEST) if settings.tokens is None else settings.tokens
     if wanted > context:
         raise UserError(f"tokens is {wanted}, but the model's context is {context}")
@@ -55,7 +57,9 @@ def prepare(settings: Settings) -> Material:
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     if ids.shape[1] < wanted:
         if settings.tokens is not None or ids.shape[1] < 128:
-            raise UserError(f"the text has {ids.shape[1]} tokens, {max(wanted if settings.tokens else 128, 2)} are needed")
+            raise UserError(
+                f"the text has {ids.shape[1]} tokens, {max(wanted if settings.tokens else 128, 2)} are needed"
+            )
         wanted = ids.shape[1]
     used = tokenizer.decode(ids[0, :wanted].tolist())
     size = len(text.encode())

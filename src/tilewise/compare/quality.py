@@ -78,12 +78,18 @@ def _question(material, task: str, length: int, example, spans, depth: float | N
     text = example.text.decode("ascii")
     encoded = material.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = [start for start, _ in encoded["offset_mapping"]]
-    where = {span: distance for span, distance in zip(example.spans, example.distances)}
+    where = dict(zip(example.spans, example.distances))
     answers, depths = [], []
     for span in spans:
-        inside = [i for i, start in enumerate(starts) if span[0] <= start < span[1]] if len(spans) == 1 else None
-        first = _first_at_or_after(starts, span[0]) if inside is None else (inside[0] if inside else len(starts))
-        last = _first_at_or_after(starts, span[1]) if inside is None else (inside[-1] + 1 if inside else first)
+        inside = (
+            [i for i, start in enumerate(starts) if span[0] <= start < span[1]] if len(spans) == 1 else None
+        )
+        first = (
+            _first_at_or_after(starts, span[0]) if inside is None else (inside[0] if inside else len(starts))
+        )
+        last = (
+            _first_at_or_after(starts, span[1]) if inside is None else (inside[-1] + 1 if inside else first)
+        )
         if 0 < first < last:
             answers.append((first, last))
             depths.append((span[0] - where[span]) / len(example.text) if depth is None else depth)
@@ -142,4 +148,9 @@ def wilson(right: int, n: int, z: float = 1.96) -> dict[str, float]:
     p = right / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return {"accuracy": p, "low": max(0.0, (centre - half) / scale), "high": min(1.0, (centre + half) / scale), "n": n}
+    return {
+        "accuracy": p,
+        "low": max(0.0, (centre - half) / scale),
+        "high": min(1.0, (centre + half) / scale),
+        "n": n,
+    }

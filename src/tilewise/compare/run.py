@@ -258,7 +258,9 @@ class Run:
             "methods": rows,
             "task_notes": self.notes,
             "lengths": self.lengths,
-            "crossovers": conclude.crossovers(self.lengths, [name for name in self.methods if name != "dense"]),
+            "crossovers": conclude.crossovers(
+                self.lengths, [name for name in self.methods if name != "dense"]
+            ),
             "heatmap": [entry for name, score in self.scores.items() for entry in score.heatmap(name)],
             "tile_maps": {
                 "tokens": min(self.on.tokens.shape[1], maps.LONGEST),
@@ -276,4 +278,3 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield progress
-

@@ -70,7 +70,9 @@ def parse_method(text: str) -> Method:
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if key not in fields or not equals:
-                raise ValueError(f"method {name!r} has settings {', '.join(sorted(fields)) or 'none'}, got {pair!r}")
+                raise ValueError(
+                    f"method {name!r} has settings {', '.join(sorted(fields)) or 'none'}, got {pair!r}"
+                )
             given[key] = ast.literal_eval(value)
         return dataclasses.replace(method, **given)  # type: ignore[type-var]
     except (ValueError, TypeError, SyntaxError) as error:

@@ -38,7 +38,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     rows = result["methods"]
-    time = _table("method", *(head for head, _, _ in TIME[:3]), "vs dense", *(head for head, _, _ in TIME[3:]))
+    time = _table(
+        "method", *(head for head, _, _ in TIME[:3]), "vs dense", *(head for head, _, _ in TIME[3:])
+    )
     for row in rows:
         cells = _numbers(row, TIME)
         time.add_row(escape(row["method"]), *cells[:3], _ratio(row), *cells[3:])
@@ -47,7 +49,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     tasks = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
     quality = _table("method", *(head for head, _, _ in QUALITY), *tasks)
     for row in rows:
-        quality.add_row(escape(row["method"]), *_numbers(row, QUALITY), *(_score(row["tasks"].get(t)) for t in tasks))
+        quality.add_row(
+            escape(row["method"]), *_numbers(row, QUALITY), *(_score(row["tasks"].get(t)) for t in tasks)
+        )
     console.print(quality)
     for crossing in result["crossovers"]:
         when = crossing["note"]
@@ -78,4 +82,8 @@ def _ratio(row: dict[str, Any]) -> str:
 
 
 def _score(score: dict[str, Any] | None) -> str:
-    return "-" if score is None else f"{score['accuracy']:.0%} {100 * score['low']:.0f}-{100 * score['high']:.0f}"
+    return (
+        "-"
+        if score is None
+        else f"{score['accuracy']:.0%} {100 * score['low']:.0f}-{100 * score['high']:.0f}"
+    )

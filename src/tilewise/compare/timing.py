@@ -37,7 +37,9 @@ def decode(model: Any, tokens: Tensor, steps: int = 12) -> float:
     times = []
     for position in range(tokens.shape[1] - steps, tokens.shape[1]):
         start = clock(tokens.device)
-        cache = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True).past_key_values
+        cache = model(
+            input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True
+        ).past_key_values
         times.append(1000 * (clock(tokens.device) - start))
     return statistics.median(times)
 
@@ -53,7 +55,9 @@ class PeakMemory:
     """Megabytes by which memory rose above where it stood at the start of a block; None where it cannot be told."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.mb, self.reason = device, None, None  # type: ignore[var-annotated]
+        self.device = device
+        self.mb: float | None = None
+        self.reason: str | None = None
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":

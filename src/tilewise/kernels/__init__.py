@@ -48,7 +48,9 @@ def choose(engines: Mapping[str, Engine], call: Any, engine: str) -> Choice:
             if reason := candidate.refuse(call):
                 refused[name] = reason
                 continue
-            later = {other: f"{name} comes first" for other in engines if other not in refused and other != name}
+            later = {
+                other: f"{name} comes first" for other in engines if other not in refused and other != name
+            }
             return Choice(name, refused | later)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise EngineRefused(f"no engine can run this call ({reasons})")

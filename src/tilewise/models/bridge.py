@@ -81,7 +81,7 @@ class Bridge:
         mask, bias, used = _mask(module, attention_mask, query, key)
         key, value = key[:, :, :used], value[:, :, :used]
         layer = getattr(module, "layer_idx", None) or 0
-        method: Method | Plan = self.method(layer, query.shape[2])
+        method = self.method(layer, query.shape[2])
         given = self.plans.get(layer) if self.plans is not None else None
         if given is None and (self.observer or self.plans is not None):
             _check_mode(method, query, key)
@@ -90,7 +90,15 @@ class Bridge:
                 self.plans[layer] = given
         start = _clock(query) if self.observer else 0.0
         out = attend(
-            query, key, value, given or method, mask=mask, bias=bias, scale=scaling, softcap=softcap, engine=self.engine
+            query,
+            key,
+            value,
+            given or method,
+            mask=mask,
+            bias=bias,
+            scale=scaling,
+            softcap=softcap,
+            engine=self.engine,
         )
         if isinstance(out, Partial):
             out = out.out

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "bundled"
 
 
-def load_model(name: str | Path | None = None, *, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(
+    name: str | Path | None = None, *, device: str = "cpu", dtype: str = "float32"
+) -> tuple[Any, Any]:
     """A causal language model in evaluation mode and its tokenizer.
 
     Args:
@@ -26,7 +31,8 @@ def load_model(name: str | Path | None = None, *, device: str = "cpu", dtype: st
 
     Raises:
         UserError: unknown dtype, a device that is not there, a directory that is missing or incomplete, weights
-        that are not safetensors (nothing is ever unpickled), a model that needs its own code (never run).
+        that are not safetensors (nothing is ever unpickled) or do not fit the model, a model that needs its own
+        code (never run).
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -36,26 +42,58 @@ def load_model(name: str | Path | None = None, *, device: str = "cpu", dtype: st
     if local:
         _check_directory(path)
     elif name is not None and (str(name).startswith((".", "/", "~")) or path.exists()):
-        raise UserError(f"model directory {str(name)!r} does not exist; give a directory with config.json or a hub id")
+        raise UserError(
+            f"model directory {str(name)!r} does not exist; give a directory with config.json or a hub id"
+        )
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     source = str(path) if local else str(name)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # loading is a moment here, and the caller shows progress of its own
+    wrong_value = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, **options
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load model {source!r}: {reason}") from error
+        with _silence():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            # Without these two, weights that are missing or misshapen would be random, with a warning at most.
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except (*wrong_value, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"cannot load model {source!r}: {_reason(error)}") from error
+    for kind in ("missing", "mismatched"):
+        if names := sorted(str(key if kind == "missing" else key[0]) for key in found[f"{kind}_keys"]):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            does = "lack" if kind == "missing" else "do not fit the model at"
+            raise UserError(f"cannot load model {source!r}: its weights {does} {names[0]}{more}")
+    return model.to(place).eval(), tokenizer
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and no advice from transformers: loading is a moment here, and what is wrong is said in one line."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    return model.to(place).eval(), tokenizer
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):  # transformers offers to run it, tilewise never does
+        return "it needs code of its own, which is never run; give a model of an architecture in transformers"
+    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 def check_device(device: str) -> torch.device:
@@ -82,6 +120,8 @@ def _check_directory(path: Path) -> None:
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise UserError(f"{str(config)!r} does not name a model_type")
     if not any(path.glob("*.safetensors")):
-        others = ", ".join(sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in path.glob(pattern)))
+        others = ", ".join(
+            sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in path.glob(pattern))
+        )
         found = f"found only {others}, which are never unpickled" if others else "found none"
         raise UserError(f"{str(path)!r} needs weights as *.safetensors; {found}")

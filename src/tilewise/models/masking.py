@@ -50,18 +50,20 @@ def box_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
             allow_is_causal_skip=False,
             use_vmap=use_vmap,
-            device=device,
+            device=device or "cpu",
         )
     k_pos = torch.arange(kv_offset, kv_offset + kv_length, device=device).view(1, -1)
     if attention_mask is not None:
         keep = attention_mask.to(device=device, dtype=torch.bool)
-        keep = pad(keep, (0, max(0, kv_offset + kv_length - keep.shape[1])))  # slots of a static cache, unused yet
+        keep = pad(
+            keep, (0, max(0, kv_offset + kv_length - keep.shape[1]))
+        )  # slots of a static cache, unused yet
         k_pos = k_pos.masked_fill(~keep[:, kv_offset : kv_offset + kv_length], HIDDEN)
     queries = torch.stack(torch.broadcast_tensors(*limits), -1)  # [b, n_q, 2]
     keys = torch.stack((k_pos, k_pos), -1)

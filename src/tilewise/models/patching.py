@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewise.attention import Method, as_method
@@ -55,8 +56,12 @@ def patch(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if not model._can_set_attn_implementation():
-        raise UserError(f"the attention of {type(model).__name__} does not go through the attention interface")
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+        raise UserError(
+            f"the attention of {type(model).__name__} does not go through the attention interface"
+        )
+    configs: list[Any] = list(
+        {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    )
     if any(str(config._attn_implementation).startswith("tilewise:patch") for config in configs):
         raise UserError(f"this {type(model).__name__} is already patched; leave that block first")
     bridge = Bridge(_per_layer(model, attention, layers), _decoder(decode), engine)
@@ -108,7 +113,7 @@ def check_leak(model: PreTrainedModel, bridge: Bridge, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def _logits(model: Any, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens.to(model.device), use_cache=False).logits
 
 
@@ -136,5 +141,3 @@ def _decoder(method: Method | str) -> Method:
     if "decode" not in chosen.modes:
         raise UserError(f"{chosen.name or chosen} does not decode; it supports {', '.join(chosen.modes)}")
     return chosen
-
-

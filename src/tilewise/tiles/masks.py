@@ -103,7 +103,9 @@ class Documents(Mask):
     def __post_init__(self) -> None:
         cu = self.cu_seqlens
         if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.ndim != 1:
-            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor [documents + 1], got {_describe(cu)}")
+            raise TypeError(
+                f"cu_seqlens must be an int32 or int64 tensor [documents + 1], got {_describe(cu)}"
+            )
         if len(cu) < 2 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
             raise ValueError("cu_seqlens must start at 0, never decrease and hold at least two entries")
 
@@ -112,7 +114,9 @@ class Documents(Mask):
         checked = () if torch.compiler.is_compiling() else (("queries", view.q_pos), ("keys", view.k_pos))
         for name, pos in checked:
             if pos.numel() and int(pos.max()) >= int(cu[-1]):
-                raise ValueError(f"cu_seqlens ends at {int(cu[-1])}, but there are {name} up to {int(pos.max())}")
+                raise ValueError(
+                    f"cu_seqlens ends at {int(cu[-1])}, but there are {name} up to {int(pos.max())}"
+                )
         document = torch.searchsorted(cu[1:].contiguous(), view.q_pos.contiguous(), right=True)
         return view.limit(cu[document], cu[document + 1] - 1)
 
@@ -219,4 +223,3 @@ def _positions(given: Tensor | None, start: int, n: int, device, name: str) -> T
 
 def _describe(value) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-

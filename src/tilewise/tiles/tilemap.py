@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tilewise.tiles.tiling import Tiling
 from tilewise.tiles.visibility import NONE, Visibility, to_heads
+
+
+def cut(n_q: int) -> tuple[int, int]:
+    """The usual tile for `n_q` queries: 128 x 128, no higher than there are queries."""
+    return min(max(n_q, 1), 128), 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +30,9 @@ class TileMap:
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Tensor) or self.keep.dtype != torch.bool or self.keep.ndim != 4:
             given = (
-                f"{self.keep.dtype} {list(self.keep.shape)}" if isinstance(self.keep, Tensor) else type(self.keep)
+                f"{self.keep.dtype} {list(self.keep.shape)}"
+                if isinstance(self.keep, Tensor)
+                else type(self.keep)
             )
             raise TypeError(f"a tile map must be bool [B|1, H|1, T_q, T_k], got {given}")
 
@@ -36,6 +43,15 @@ class TileMap:
         Raises TypeError when `mask` is not such a tensor, ValueError for tile sizes below 1.
         """
         return cls(mask, Tiling(tile[0]), Tiling(tile[1]))
+
+    @classmethod
+    def everything(
+        cls, n_q: int, n_k: int, device: torch.device | str | None = None, tile: tuple[int, int] | None = None
+    ) -> TileMap:
+        """Every tile of `n_q` queries by `n_k` keys; by default tiles of 128, lower where there are few queries."""
+        made = cls.from_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), tile or cut(n_q))
+        count = made.q_tiling.count(n_q), made.k_tiling.count(n_k)
+        return replace(made, keep=made.keep.expand(1, 1, *count))
 
     def check(self, batch: int, heads: int, n_q: int, n_k: int) -> None:
         """Raise ValueError unless the map fits these sizes."""

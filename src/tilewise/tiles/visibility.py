@@ -114,8 +114,8 @@ class Visibility:
         pos_max = k_tiling.split(positions, HIDDEN).amax(3)
         some_hidden = k_tiling.split(hidden[..., 0], False).any(-1)  # [b, h, T_k]
 
-        none: Tensor | bool = False
-        full: Tensor | bool = True
+        none = torch.zeros((), dtype=torch.bool, device=pos_min.device)
+        full = ~none
         for axis in range(self.lo.shape[-1]):
             first, last = pos_min[..., axis].unsqueeze(2), pos_max[..., axis].unsqueeze(2)
             none = none | (hi_max[..., axis].unsqueeze(3) < first) | (lo_min[..., axis].unsqueeze(3) > last)

@@ -6,18 +6,20 @@ of r dense products, each of some units against some key tiles of the same kv he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tilewise.kernels.attend_tiles.call import Call
-from tilewise.tiles import NONE, PARTIAL, Visibility
+from tilewise.tiles import NONE, PARTIAL, TileMap, Tiling
 from tilewise.tiles.visibility import HIDDEN, take, to_heads
 
-SCORES = 1 << 20  # scores in one batch of blocks: 4 MiB of float32, which a shared cache holds
-PARTS = 1 << 24  # numbers held for partial results before they are merged: 64 MiB of float32
+SCORES = 1 << 19  # scores in one batch of blocks: 2 MiB of float32, beyond which they fall out of the cache
+PARTS = 1 << 20  # numbers held for partial results before they are merged: 4 MiB of float32
 TALL = 32  # query tiles at least this high go row by row
 GROUP = 128  # queries gathered against one key tile otherwise
 
@@ -57,6 +59,19 @@ class Block:
         return p.key_base[self.units[:, :1]] + self.tiles.clamp(min=0)
 
 
+class Scored(NamedTuple):
+    """A block's operands and scores: queries `[r, m, D]` (scaled), keys, values `[r, w, D]`, scores `[r, m, w]`.
+
+    `slope` is the derivative of the soft cap, where there is one and it was asked for.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    slope: Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A call laid out in tiles: permuted, widened, cut; and which tiles each unit pays for.
@@ -70,6 +85,7 @@ class Prepared:
     """
 
     call: Call
+    tiles: TileMap
     q: Tensor
     k: Tensor
     v: Tensor
@@ -81,15 +97,16 @@ class Prepared:
     pos: Tensor
     live: Tensor
     part: Tensor
+    _scratch: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, call: Call) -> Prepared:
-        tiles = call.tiles
+        tiles = call.tiles or TileMap.everything(call.q.shape[2], call.k.shape[2], call.q.device)
         wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
         b, heads, n_q, _ = call.q.shape
         kv_heads, n_k = call.k.shape[1:3]
         view = call.view.permute(call.q_order, call.k_order)
-        q = tiles.q_tiling.split(take(call.q, call.q_order).to(wide) * call.scale, 0)
+        q = tiles.q_tiling.split(take(call.q, call.q_order).to(wide), 0)
         k, v = (tiles.k_tiling.split(take(x, call.k_order).to(wide), 0) for x in (call.k, call.v))
         t_q, t_k = q.shape[2], k.shape[2]
 
@@ -109,14 +126,13 @@ class Prepared:
         own = torch.arange(t_q, device=q.device)
         lo, hi = (tiles.q_tiling.split(x, fill) for x, fill in ((view.lo, 1), (view.hi, 0)))
         pos = tiles.k_tiling.split(view.pos, HIDDEN)
-        spread = [
-            _pad_last((base(b, kv_heads, t_k).unsqueeze(1) + 0 * own).flatten()),
-            _pad_last((base(lo.shape[0], lo.shape[1], t_q).unsqueeze(1) + own).flatten()),
-            _pad_last((base(pos.shape[0], pos.shape[1], t_k).unsqueeze(1) + 0 * own).flatten()),
-        ]
+        key_base = _pad_last((base(b, kv_heads, t_k).unsqueeze(1) + 0 * own).flatten())
+        view_base = _pad_last((base(lo.shape[0], lo.shape[1], t_q).unsqueeze(1) + own).flatten())
+        pos_base = _pad_last((base(pos.shape[0], pos.shape[1], t_k).unsqueeze(1) + 0 * own).flatten())
         return cls(
-            call, _pad_last(q.flatten(0, 2)), k.flatten(0, 2), v.flatten(0, 2), *spread,
-            lo.flatten(0, 2), hi.flatten(0, 2), pos.flatten(0, 2), live.flatten(0, 2), part.flatten(0, 2),
+            call, tiles, _scaled(q, call.scale), k.flatten(0, 2), v.flatten(0, 2),
+            key_base, view_base, pos_base, lo.flatten(0, 2), hi.flatten(0, 2), pos.flatten(0, 2),
+            live.flatten(0, 2), part.flatten(0, 2),
         )  # fmt: skip
 
     @property
@@ -135,23 +151,32 @@ class Prepared:
     def by_rows(self) -> bool:
         return self.height >= TALL
 
-    def operands(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Queries `[r, m, D]` (scaled) and keys `[r, w, D]` of a block."""
-        r = len(block.units)
-        keys = self.k.index_select(0, block.key_tiles(self).flatten()).view(r, -1, self.k.shape[2])
-        return self.q.index_select(0, block.units.flatten()).view(r, -1, self.q.shape[2]), keys
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """Memory that every block uses again: fresh pages cost as much as the product that fills them."""
+        size = math.prod(shape)
+        held = self._scratch.get(name)
+        if held is None or held.numel() < size:
+            held = self._scratch[name] = self.q.new_empty(size)
+        return held[:size].view(shape)
 
-    def scores(self, block: Block, slope: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scores `[r, m, w]` with hidden ones -inf, the soft cap's slope if wanted, and values `[r, w, D_v]`."""
+    def pick(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
+        """`rows [*, s, D]` at `index [r, c]`, side by side: `[r, c * s, D]` in scratch memory."""
+        picked = self.scratch(name, index.numel(), *rows.shape[1:])
+        torch.index_select(rows, 0, index.flatten(), out=picked)
+        return picked.view(len(index), -1, rows.shape[2])
+
+    def scores(self, block: Block, slope: bool = False) -> Scored:
+        """The block's scores, hidden ones -inf. What it returns lies in scratch memory until the next call."""
         call = self.call
-        queries, keys = self.operands(block)
-        scores = torch.bmm(queries, keys.mT)
-        r, m, _ = scores.shape
+        queries = self.pick("q", self.q, block.units)
+        keys = self.pick("k", self.k, block.key_tiles(self))
+        r, m, w = len(queries), queries.shape[1], keys.shape[1]
+        scores = torch.bmm(queries, keys.mT, out=self.scratch("scores", r, m, w))
         cap_slope = None
         if call.softcap is not None:
             capped = scores.div_(call.softcap).tanh_()
             cap_slope = 1 - capped.square() if slope else None
-            scores = capped.mul_(call.softcap)
+            capped.mul_(call.softcap)
         if call.bias is not None:
             scores += call.bias.reshape(-1)[self.bias_index(block)]
         if block.partial:
@@ -161,8 +186,7 @@ class Prepared:
         if padded.numel():
             tail = scores.view(r, m, -1, self.width)[:, :, block.whole :]
             tail.masked_fill_(padded[:, None, :, None], -torch.inf)
-        values = self.v.index_select(0, block.key_tiles(self).flatten()).view(r, -1, self.v.shape[2])
-        return scores, cap_slope, values
+        return Scored(queries, keys, self.pick("v", self.v, block.key_tiles(self)), scores, cap_slope)
 
     def visible(self, block: Block) -> Tensor:
         """Which tokens of the block's first `partial` tile columns each query sees, bool `[r, m, *]`."""
@@ -174,25 +198,29 @@ class Prepared:
         seen = (lo <= pos) & (pos <= hi)
         seen = seen[..., 0] if seen.shape[3] == 1 else seen.all(-1)
         if self.call.view.dense is not None:
-            seen &= self.call.view.dense.reshape(-1)[self.token_index(block, self.call.view.dense, block.partial)]
+            seen &= self.call.view.dense.reshape(-1)[
+                self.token_index(block, self.call.view.dense, block.partial)
+            ]
         return seen
 
     def bias_index(self, block: Block) -> Tensor:
         """Where each score's bias lies in the flattened bias, `[r, m, w]`."""
-        return self.token_index(block, self.call.bias, block.tiles.shape[1])
+        return self.token_index(block, given(self.call.bias), block.tiles.shape[1])
 
     def token_index(self, block: Block, grid: Tensor, columns: int) -> Tensor:
         """Flat index into a contiguous `grid [B|1, H|1, N_q|1, N_k|1]` for the block's first tile columns."""
         call = self.call
         b, heads, n_q, _ = call.q.shape
         n_k = call.k.shape[2]
-        t_q, t_k = call.tiles.q_tiling.count(n_q), call.tiles.k_tiling.count(n_k)
+        t_q, t_k = self.tiles.q_tiling.count(n_q), self.tiles.k_tiling.count(n_k)
         units = block.units.clamp(max=self.units - 1)  # padding may read anything: it is hidden elsewhere
         row = units // t_q
-        q_token = _tokens(call.q_order, call.tiles.q_tiling, n_q, b, heads, grid.device)[units]
+        q_token = _tokens(call.q_order, self.tiles.q_tiling, n_q, b, heads, grid.device)[units]
         tiles = row[:, :1] * t_k + block.tiles[:, :columns].clamp(min=0)
-        k_token = _tokens(call.k_order, call.tiles.k_tiling, n_k, b, heads, grid.device)[tiles]
-        stride = [s if n > 1 else 0 for n, s in zip(grid.shape, torch.empty(grid.shape, device="meta").stride())]
+        k_token = _tokens(call.k_order, self.tiles.k_tiling, n_k, b, heads, grid.device)[tiles]
+        stride = [
+            s if n > 1 else 0 for n, s in zip(grid.shape, torch.empty(grid.shape, device="meta").stride())
+        ]
         r = len(units)
         start = (row // heads) * stride[0] + (row % heads) * stride[1]  # [r, u]
         queries = (start.unsqueeze(-1) + q_token * stride[2]).view(r, -1, 1)
@@ -200,20 +228,20 @@ class Prepared:
 
     def cut_queries(self, x: Tensor) -> Tensor:
         """Per-query `[B, H, N, D]` to units, `[units + 1, height, D]`."""
-        return _pad_last(self.call.tiles.q_tiling.split(take(x, self.call.q_order), 0).flatten(0, 2))
+        return _pad_last(self.tiles.q_tiling.split(take(x, self.call.q_order), 0).flatten(0, 2))
 
     def cut_rows(self, x: Tensor, fill: float) -> Tensor:
         """Per-query numbers `[B, H, N]` to `[units + 1, height]`; slots past the end hold `fill`."""
-        cut = self.call.tiles.q_tiling.split(take(x.unsqueeze(-1), self.call.q_order), fill).flatten(0, 2)
+        cut = self.tiles.q_tiling.split(take(x.unsqueeze(-1), self.call.q_order), fill).flatten(0, 2)
         return torch.cat([cut, cut.new_full((1, *cut.shape[1:]), fill)])[..., 0]
 
     def restore(self, x: Tensor) -> Tensor:
         """Units `[units, height, D]` back to `[B, H, N, D]` in the tokens' own order."""
-        return _restore(x, self.call.q.shape[:3], self.call.tiles.q_tiling, self.call.q_order)
+        return _restore(x, self.call.q.shape[:3], self.tiles.q_tiling, self.call.q_order)
 
     def restore_keys(self, x: Tensor) -> Tensor:
         """Key tiles back to `[B, H_kv, N_k, D]` in the tokens' own order."""
-        return _restore(x, self.call.k.shape[:3], self.call.tiles.k_tiling, self.call.k_order)
+        return _restore(x, self.call.k.shape[:3], self.tiles.k_tiling, self.call.k_order)
 
 
 def row_blocks(p: Prepared) -> Iterator[Block]:
@@ -238,7 +266,9 @@ def row_blocks(p: Prepared) -> Iterator[Block]:
             continue
         at_once = max(1, SCORES // (p.height * width * p.width))
         for some in chosen.split(at_once):
-            yield Block(some.unsqueeze(1), table[some, :width], int(partial[some].max()), int(counts[some].min()))
+            yield Block(
+                some.unsqueeze(1), table[some, :width], int(partial[some].max()), int(counts[some].min())
+            )
 
 
 def column_blocks(p: Prepared) -> Iterator[tuple[int, int, int, list[Block]]]:
@@ -246,22 +276,24 @@ def column_blocks(p: Prepared) -> Iterator[tuple[int, int, int, list[Block]]]:
     counts = p.live.sum(1)
     if not counts.numel() or not int(counts.max()):
         return
-    group = max(1, GROUP // p.height)
+    most = max(1, GROUP // p.height)
     units_at_once = max(1, PARTS // (int(counts.max()) * p.height * p.v.shape[2]))
-    rank = ranks(p)
     for first in range(0, p.units, units_at_once):
         last = min(first + units_at_once, p.units)
         width = int(counts[first:last].max())
         if not width:
             continue
         units, tiles = p.live[first:last].nonzero(as_tuple=True)
+        own = counts[first:last]
+        within = torch.arange(len(units), device=units.device) - (own.cumsum(0) - own).repeat_interleave(own)
+        slots = units * width + within
         units = units + first
-        slots = (units - first) * width + rank[units, tiles]
         # One group per key tile and kv head; groups that need a mask are kept apart from those that do not.
         key = (p.key_base[units] + tiles) * 2 + p.part[units, tiles]
         key, order = key.sort(stable=True)
         units, tiles, slots = units[order], tiles[order], slots[order]
         sizes = key.unique_consecutive(return_counts=True)[1]
+        group = min(most, int(sizes.max()))
         batches = (sizes + group - 1) // group
         start = sizes.cumsum(0) - sizes
         within = torch.arange(len(units), device=units.device) - start.repeat_interleave(sizes)
@@ -284,9 +316,9 @@ def column_blocks(p: Prepared) -> Iterator[tuple[int, int, int, list[Block]]]:
 
 def ranks(p: Prepared) -> Tensor:
     """A number for every kept tile within its unit: those that need a mask first, then the others."""
-    full = p.live & ~p.part
-    first = p.part.cumsum(1)
-    return torch.where(p.part, first, first[:, -1:] + full.cumsum(1)) - 1
+    full = (p.live & ~p.part).cumsum(1, dtype=torch.int32)
+    first = p.part.cumsum(1, dtype=torch.int32)
+    return torch.where(p.part, first, first[:, -1:] + full) - 1
 
 
 def _round_up(counts: Tensor) -> Tensor:
@@ -295,12 +327,28 @@ def _round_up(counts: Tensor) -> Tensor:
     return torch.where(counts <= 16, counts, torch.where(counts <= 64, by_4, by_16))
 
 
+def given(x: Tensor | None) -> Tensor:
+    """A part of a call that is there whenever this is asked."""
+    if x is None:
+        raise TypeError("a tensor that this call needs was not given")
+    return x
+
+
+def _scaled(q: Tensor, scale: float) -> Tensor:
+    """`q [B, H, T, size, D]` times `scale` as units, with the empty unit at the end, in one copy."""
+    b, heads, tiles, size, d = q.shape
+    units = q.new_empty(b * heads * tiles + 1, size, d)
+    torch.mul(q, scale, out=units[:-1].view(q.shape))
+    units[-1] = 0
+    return units
+
+
 def _pad_last(x: Tensor) -> Tensor:
     """One more row of zeros, for padding to point at."""
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
 
 
-def _tokens(order: Tensor | None, tiling, n: int, b: int, heads: int, device) -> Tensor:
+def _tokens(order: Tensor | None, tiling: Tiling, n: int, b: int, heads: int, device: torch.device) -> Tensor:
     """Which token stands at every slot of every tile, `[B * H * T, size]`; empty slots repeat token 0."""
     if order is None:
         order = torch.arange(n, device=device).view(1, 1, n)
@@ -308,7 +356,7 @@ def _tokens(order: Tensor | None, tiling, n: int, b: int, heads: int, device) ->
     return cut.flatten(0, 2)
 
 
-def _restore(x: Tensor, shape, tiling, order: Tensor | None) -> Tensor:
+def _restore(x: Tensor, shape: Sequence[int], tiling: Tiling, order: Tensor | None) -> Tensor:
     b, heads, n = shape
     tiles = tiling.count(n)
     x = x.view(b, heads, tiles, tiling.size, x.shape[2])

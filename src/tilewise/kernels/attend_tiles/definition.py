@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.attend_tiles.call import Call
-from tilewise.tiles import Partial, TileMap
+from tilewise.tiles import Partial, TileMap, Tiling
 from tilewise.tiles.visibility import to_heads
 
 
@@ -31,7 +31,7 @@ def run(call: Call) -> Partial:
         scores = scores + call.bias.to(wide)
     seen = to_heads(call.view.tokens(), heads)
     if call.tiles is not None:
-        seen = seen & kept_tokens(call.tiles, *call.q.shape[:3], call.k.shape[2], call.q_order, call.k_order)
+        seen = seen & kept_tokens(call, call.tiles)
     scores = scores.masked_fill(~seen, -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)  # rows that see nothing: out 0, lse -inf, gradient 0
     lse = torch.logsumexp(scores.masked_fill(empty, 0), -1).masked_fill(empty[..., 0], -torch.inf)
@@ -39,21 +39,18 @@ def run(call: Call) -> Partial:
     return Partial((weights @ v).to(call.q.dtype), lse)
 
 
-def kept_tokens(
-    tiles: TileMap, b: int, heads: int, n_q: int, n_k: int, q_order: Tensor | None, k_order: Tensor | None
-) -> Tensor:
+def kept_tokens(call: Call, tiles: TileMap) -> Tensor:
     """The tile map spread to tokens in their own order: bool `[B, H, N_q, N_k]`."""
+    b, heads, n_q = call.q.shape[:3]
     keep = to_heads(tiles.keep, heads).expand(b, heads, -1, -1)
-    q_ids = tiles.q_tiling.ids(n_q, keep.device)
-    k_ids = tiles.k_tiling.ids(n_k, keep.device)
-    if q_order is not None:
-        q_ids = q_ids.expand(b, heads, -1).gather(2, inverse(q_order, b, heads))
-    if k_order is not None:
-        k_ids = to_heads(k_ids, heads).expand(b, heads, -1).gather(2, inverse(k_order, b, heads))
-    rows = keep.gather(2, to_heads(q_ids, heads).expand(b, heads, -1)[..., None].expand(-1, -1, -1, keep.shape[3]))
-    return rows.gather(3, to_heads(k_ids, heads).expand(b, heads, -1)[:, :, None].expand(-1, -1, n_q, -1))
+    rows = _ids(tiles.q_tiling, n_q, call.q_order, call.q)
+    columns = _ids(tiles.k_tiling, call.k.shape[2], call.k_order, call.q)
+    rows = keep.gather(2, rows.unsqueeze(3).expand(-1, -1, -1, keep.shape[3]))
+    return rows.gather(3, columns.unsqueeze(2).expand(-1, -1, n_q, -1))
 
 
-def inverse(order: Tensor, b: int, heads: int) -> Tensor:
-    """Where each token stands in `order`, expanded to `[B, heads, N]`."""
-    return to_heads(order, heads).argsort(-1).expand(b, heads, -1)
+def _ids(tiling: Tiling, n: int, order: Tensor | None, like: Tensor) -> Tensor:
+    """The tile that each token lies in once `order` has moved it, `[B, H, n]`; batch and heads of `like`."""
+    b, heads = like.shape[:2]
+    ids = to_heads(tiling.ids(n, like.device), heads).expand(b, heads, n)
+    return ids if order is None else ids.gather(2, to_heads(order, heads).argsort(-1).expand(b, heads, n))

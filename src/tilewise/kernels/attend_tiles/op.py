@@ -7,20 +7,21 @@ operator takes plain tensors and numbers; `pack` and `unpack` translate from and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tilewise.kernels.attend_tiles.call import Call
 from tilewise.tiles import Partial, TileMap, Tiling, Visibility
+from tilewise.tiles.tilemap import cut
 
 
 class Implementation(NamedTuple):
     """What an engine registers: both take a Call whose tensors need no gradient."""
 
     forward: Callable[[Call], Partial]
-    backward: Callable[[Call, Partial, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Optional[Tensor]]]
+    backward: Callable[[Call, Partial, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
@@ -35,30 +36,31 @@ def pack(call: Call) -> tuple:
     """The operator's arguments for `call`, without the engine."""
     view, tiles = call.view, call.tiles
     keep = q_bounds = k_bounds = None
-    q_size, k_size = 128, 128  # the cut used when no map is given; every visible tile is computed
+    q_size, k_size = cut(call.q.shape[2])  # used when no map is given: every visible tile is computed
     if tiles is not None:
         keep, q_bounds, k_bounds = tiles.keep, tiles.q_tiling.bounds, tiles.k_tiling.bounds
         q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
     grid = (call.q, call.k, call.v, view.lo, view.hi, view.pos, view.q_pos, view.dense)
-    cut = (keep, q_bounds, k_bounds, q_size, k_size, call.q_order, call.k_order)
-    return (*grid, *cut, call.bias, float(call.scale), float(call.softcap or 0.0))
+    tiled = (keep, q_bounds, k_bounds, q_size, k_size, call.q_order, call.k_order)
+    return (*grid, *tiled, call.bias, float(call.scale), float(call.softcap or 0.0))
 
 
 def unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
            bias, scale, softcap) -> Call:  # fmt: skip
     """The Call for the operator's arguments."""
     if keep is None:
-        keep = torch.ones(1, 1, -(-q.shape[2] // q_size), -(-k.shape[2] // k_size), dtype=torch.bool, device=q.device)
-    tiles = TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
+        tiles = TileMap.everything(q.shape[2], k.shape[2], q.device, (q_size, k_size))
+    else:
+        tiles = TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
     view = Visibility(lo, hi, pos, q_pos, dense)
     return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None)
 
 
 @torch.library.custom_op("tilewise::attend_tiles", mutates_args=())
 def attend_tiles(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Optional[Tensor],
-    keep: Optional[Tensor], q_bounds: Optional[Tensor], k_bounds: Optional[Tensor], q_size: int, k_size: int,
-    q_order: Optional[Tensor], k_order: Optional[Tensor], bias: Optional[Tensor], scale: float, softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
+    keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
+    q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, scale: float, softcap: float,
     engine: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
@@ -76,9 +78,9 @@ def _(q, k, v, *rest):
 @torch.library.custom_op("tilewise::attend_tiles_backward", mutates_args=())
 def attend_tiles_backward(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Optional[Tensor],
-    keep: Optional[Tensor], q_bounds: Optional[Tensor], k_bounds: Optional[Tensor], q_size: int, k_size: int,
-    q_order: Optional[Tensor], k_order: Optional[Tensor], bias: Optional[Tensor], scale: float, softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
+    keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
+    q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, scale: float, softcap: float,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.attend_tiles import op
-from tilewise.kernels.attend_tiles.blocks import Block, Prepared, column_blocks, row_blocks
+from tilewise.kernels.attend_tiles.blocks import Block, Prepared, column_blocks, given, row_blocks
 from tilewise.kernels.attend_tiles.call import Call
-from tilewise.tiles import Partial
+from tilewise.tiles import Partial, merge
 
 
 def refuse(call: Call) -> str | None:
@@ -29,39 +29,37 @@ def run(call: Call) -> Partial:
 
 def forward(call: Call) -> Partial:
     p = Prepared.of(call)
-    out = p.q.new_zeros(p.units + 1, p.height, p.v.shape[2])  # the last unit takes what padding writes
-    lse = p.q.new_full((p.units + 1, p.height), -torch.inf)
+    out = p.q.new_empty(p.units, p.height, p.v.shape[2])
+    lse = p.q.new_full((p.units, p.height), -torch.inf)
+    out[~p.live.any(1)] = 0
     if p.by_rows:
         for block in row_blocks(p):
             out[block.units[:, 0]], lse[block.units[:, 0]] = _attend_rows(p, block)
     else:
         for first, last, width, blocks in column_blocks(p):
             _attend_columns(p, first, last, width, blocks, out, lse)
-    return Partial(p.restore(out[:-1]).to(call.q.dtype), p.restore(lse[:-1].unsqueeze(-1)).squeeze(-1))
+    return Partial(p.restore(out).to(call.q.dtype), p.restore(lse.unsqueeze(-1)).squeeze(-1))
 
 
-def _attend_rows(p: Prepared, block: Block) -> tuple[Tensor, Tensor]:
-    """Softmax over a row of tiles, streamed when the row is too long for one block."""
-    parts = []
-    for piece in block.split(p):
-        scores, _, values = p.scores(piece)
-        parts.append(_softmax(scores, values))
-    if len(parts) == 1:
-        top, total, out = parts[0]
-    else:
-        tops, totals, outs = (torch.stack(x) for x in zip(*parts))
-        top = tops.amax(0)
-        weights = (tops - top).exp()
-        total, out = (totals * weights).sum(0), (outs * weights).sum(0)
-    return out / total.masked_fill(total == 0, 1), (top + total.log()).squeeze(-1)
+def _attend_rows(p: Prepared, block: Block) -> Partial:
+    """One batch of rows, streamed in pieces when a row is too long for one block."""
+    parts = [_softmax(p, piece) for piece in block.split(p)]
+    return parts[0] if len(parts) == 1 else merge([Partial(out, lse) for out, lse in parts])
 
 
-def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest score `[r, m, 1]` (0 where none is visible), sum of exponentials, weighted values; eats `scores`."""
-    top = scores.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0)
-    weights = scores.sub_(top).exp_()
-    return top, weights.sum(-1, keepdim=True), torch.bmm(weights, values)
+def _softmax(p: Prepared, block: Block) -> Partial:
+    """Softmax over a block's keys: out `[r, m, D_v]`, lse `[r, m]`."""
+    _, _, values, scores, _ = p.scores(block)
+    top = scores.amax(-1)
+    weights = torch.softmax(scores, -1, out=scores)
+    # The largest weight is exp(top - lse), so the log of the sum costs no second pass over exponentials.
+    lse = top - weights.amax(-1).log()
+    out = torch.bmm(weights, values)
+    if block.partial or p.call.bias is not None:  # elsewhere every row sees something
+        empty = top == -torch.inf
+        lse.masked_fill_(empty, -torch.inf)
+        out.masked_fill_(empty.unsqueeze(-1), 0)
+    return Partial(out, lse)
 
 
 def _attend_columns(
@@ -69,29 +67,22 @@ def _attend_columns(
 ) -> None:
     """Units `first` to `last`, each attending to at most `width` key tiles; merges the parts into out and lse."""
     slots = (last - first) * width + 1
-    tops = p.q.new_full((slots, p.height), -torch.inf)
-    totals = p.q.new_zeros(slots, p.height)
-    outs = p.q.new_zeros(slots, p.height, out.shape[2])
+    part_lse = p.q.new_full((slots, p.height), -torch.inf)
+    part_out = p.scratch("parts", slots, p.height, out.shape[2]).zero_()
     for block in blocks:
-        scores, _, values = p.scores(block)
-        may_be_empty = block.partial or p.call.bias is not None
-        empty = ~(scores > -torch.inf).any(-1) if may_be_empty else None
-        top, total, part = _softmax(scores, values)
-        top = top.squeeze(-1)
-        if empty is not None:
-            top.masked_fill_(empty, -torch.inf)
-        at = block.slots.flatten()
-        tops[at] = top.view(-1, p.height)
-        totals[at] = total.view(-1, p.height)
-        outs[at] = part.view(-1, *outs.shape[1:])
-    tops, totals, outs = (x[:-1].unflatten(0, (last - first, width)) for x in (tops, totals, outs))
-    top = tops.amax(1)  # [units, height]
-    safe = top.masked_fill(top == -torch.inf, 0)
-    weights = (tops - safe.unsqueeze(1)).exp()
-    total = (totals * weights).sum(1)
-    merged = torch.einsum("uwh,uwhd->uhd", weights, outs)
-    out[first:last] = merged / total.masked_fill(total == 0, 1).unsqueeze(-1)
-    lse[first:last] = safe + total.log()
+        part = _softmax(p, block)
+        at = given(block.slots).flatten()
+        part_lse[at] = part.lse.view(-1, p.height)
+        part_out[at] = part.out.view(-1, *part_out.shape[1:])
+    part_lse = part_lse[:-1].unflatten(0, (last - first, width))  # [units, width, height]
+    top = part_lse.amax(1)
+    top.masked_fill_(top == -torch.inf, 0)
+    weights = (part_lse - top.unsqueeze(1)).exp_()
+    total = weights.sum(1)
+    weights /= total.masked_fill(total == 0, 1).unsqueeze(1)
+    parts = part_out[:-1].unflatten(0, (last - first, width)).transpose(1, 2)  # [units, height, width, d]
+    out[first:last] = (weights.transpose(1, 2).unsqueeze(2) @ parts).squeeze(2)
+    lse[first:last] = top + total.log()
 
 
 def backward(
@@ -111,7 +102,7 @@ def backward(
         for first, last, width, blocks in column_blocks(p):
             parts = p.q.new_zeros((last - first) * width + 1, *p.q.shape[1:])
             for block in blocks:
-                parts[block.slots.flatten()] = grads.add(block).view(-1, *p.q.shape[1:])
+                parts[given(block.slots).flatten()] = grads.add(block).view(-1, *p.q.shape[1:])
             grads.d_q[first:last] = parts[:-1].unflatten(0, (last - first, width)).sum(1)
     return grads.result(call)
 
@@ -123,13 +114,15 @@ class _Gradients:
         self.p, self.d_out, self.delta, self.lse = p, d_out, delta, lse
         self.d_q = torch.zeros_like(p.q)
         self.d_k, self.d_v = torch.zeros_like(p.k), torch.zeros_like(p.v)
-        self.d_bias = None if p.call.bias is None else p.call.bias.new_zeros(p.call.bias.numel(), dtype=p.q.dtype)
+        self.d_bias = (
+            None if p.call.bias is None else p.call.bias.new_zeros(p.call.bias.numel(), dtype=p.q.dtype)
+        )
 
     def add(self, block: Block) -> Tensor:
         """Add this block to the gradients of k, v and bias; return its share of d_q, `[r, m, D]`."""
         p = self.p
-        scores, slope, values = p.scores(block, slope=True)
-        r, m, w = scores.shape
+        queries, keys, values, scores, slope = p.scores(block, slope=True)
+        r, m, _ = scores.shape
         weights = scores.sub_(self.lse[block.units].view(r, m, 1)).exp_()
         d_out = self.d_out[block.units].view(r, m, -1)
         d_scores = torch.bmm(d_out, values.mT).sub_(self.delta[block.units].view(r, m, 1)).mul_(weights)
@@ -139,7 +132,6 @@ class _Gradients:
             self.d_bias.index_add_(0, p.bias_index(block).flatten(), d_scores.flatten())
         if slope is not None:
             d_scores.mul_(slope)
-        queries, keys = p.operands(block)
         self.d_k.index_add_(0, tiles, torch.bmm(d_scores.mT, queries).view(-1, *p.k.shape[1:]))
         return torch.bmm(d_scores, keys)
 
@@ -147,7 +139,11 @@ class _Gradients:
         p = self.p
         d_q = p.restore(self.d_q[:-1]).mul_(call.scale).to(call.q.dtype)
         d_k, d_v = (p.restore_keys(x).to(call.k.dtype) for x in (self.d_k, self.d_v))
-        d_bias = None if self.d_bias is None else self.d_bias.view(call.bias.shape).to(call.bias.dtype)
+        d_bias = (
+            None
+            if self.d_bias is None
+            else self.d_bias.view(given(call.bias).shape).to(given(call.bias).dtype)
+        )
         return d_q, d_k, d_v, d_bias
 
 
