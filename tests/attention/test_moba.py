@@ -21,8 +21,8 @@ def _simulate(
         q = normalize(torch.randn(500, d, generator=g), dim=-1)
         k = torch.randn(500, blocks, block, d, generator=g) / math.sqrt(d)
         place = torch.arange(500), torch.randint(blocks, (500,), generator=g)
-        k[*place, 0] += gap * q
-        k[*place, 1:clustered] += cluster_gap * q.unsqueeze(1)
+        k[(*place, 0)] += gap * q
+        k[(*place, slice(1, clustered))] += cluster_gap * q.unsqueeze(1)
         scores = torch.einsum("td,tbd->tb", q, k.mean(2))
         hits += int((scores.topk(top_k, -1).indices == place[1].unsqueeze(1)).any(-1).sum())
     return hits / trials, trials
@@ -39,7 +39,7 @@ def _simulate(
     ],
 )
 def test_router_snr_matches_simulation(d, block, blocks, top_k, gap, clustered, cluster_gap):
-    """The model's recall lies within simulation noise. Control: without its factor 2, or without the cluster, not."""
+    """The model's recall lies within simulation noise. Control: without factor 2, or the cluster, it does not."""
     measured, trials = _simulate(d, block, blocks, top_k, gap, clustered, cluster_gap)
     noise = 4 * math.sqrt(measured * (1 - measured) / trials)
     snr = router_snr(d, block, gap, clustered, cluster_gap)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.conformance.common import ENGINES, cases, exact, grid, qkv, repeat, run_or_refuse, with_grads
 
-from tilewise.attention import Plan, plan
-from tilewise.attention.plan import Pass
+from tilewise.attention import Pass, Plan, plan
+from tilewise.attention.plans import Pass
 
 HEADS = ((2, 2), (4, 2), (8, 2), (7, 1), (8, 1), (1, 1))
 # Methods that choose per query head: repeating K must not change what they choose. The others sort keys once per

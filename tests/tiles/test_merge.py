@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +46,7 @@ def splits(draw) -> list[list[int]]:
     return [[i for i, o in enumerate(owner) if o == part] for part in range(max(owner) + 2)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(split=splits(), heads=st.sampled_from([(2, 2), (4, 1)]))
 @pytest.mark.parametrize("engine", ["torch", "definition"])
 def test_merge_of_any_split_is_the_whole(engine, split, heads):
@@ -53,7 +55,7 @@ def test_merge_of_any_split_is_the_whole(engine, split, heads):
     _same(merged, _part(q, k, v, list(range(N)), engine), q, k, v)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(split=splits(), cut=st.integers(0, 6))
 def test_merge_is_associative_and_commutative(split, cut):
     q, k, v = qkv(n_q=N)
@@ -92,7 +94,8 @@ def test_merge_of_very_large_and_very_small_scores(low):
     ]
     merged = merge(parts)
     assert torch.equal(merged.out, torch.full((1, 1, 2, 3), 1.5))
-    assert torch.allclose(merged.lse, torch.full((1, 1, 2), low + 0.693147), rtol=1e-6, atol=0)
+    want = low + math.log(2)
+    assert float((merged.lse - want).abs().max()) <= torch.finfo(torch.float32).eps * (abs(want) + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -121,7 +124,7 @@ def test_gradients_through_out_lse_bias_and_softcap(engine, softcap, bias_shape)
             tilewise.attend(q, k, v, bias=bias[0] if bias else None, scale=0.7, engine=engine, **options)
         )
 
-    assert torch.autograd.gradcheck(function, _leaves(*inputs, *bias))
+    assert torch.autograd.gradcheck(function, _leaves(*inputs, *bias), fast_mode=True)
 
 
 @pytest.mark.parametrize("mask", ["causal", None, TokenMask(torch.rand(7, 7, generator=torch.manual_seed(0)) > 0.5)])
@@ -151,10 +154,10 @@ def test_gradients_through_a_plan_of_two_passes():
         return tuple(tilewise.attend(q, k, v, made, bias=bias, return_lse=True))
 
     bias = torch.randn(1, 4, 9, 9, dtype=torch.float64)
-    assert torch.autograd.gradcheck(function, _leaves(q, k, v, bias))
+    assert torch.autograd.gradcheck(function, _leaves(q, k, v, bias), fast_mode=True)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(borders=st.lists(st.integers(0, N), max_size=4))
 def test_passes_over_ranges_of_positions_are_the_whole(borders):
     """A plan's passes cut by key position, grouped heads, are one call."""

@@ -6,7 +6,7 @@ from tilewise.attention.method import Method, as_method, named
 from tilewise.attention.moba import KeyConvolution, MoBA, router_recall, router_snr
 from tilewise.attention.orders import SegmentSort
 from tilewise.attention.pbs import PBSAttention
-from tilewise.attention.plan import Pass, Plan
+from tilewise.attention.plans import Pass, Plan
 from tilewise.attention.rests import Pooled
 from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, TrueMass
 from tilewise.attention.selects import First, Mass, Own, TopK

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewise.attention.method import Method, as_method
-from tilewise.attention.plan import Pass, Plan
+from tilewise.attention.plans import Pass, Plan
 from tilewise.tiles import Mask, Partial, TileMap, Visibility, as_mask
 
 

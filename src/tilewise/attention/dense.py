@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilewise.attention.method import Method
-from tilewise.attention.plan import Pass, Plan
+from tilewise.attention.plans import Pass, Plan
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tilewise.attention.plan import Plan
+from tilewise.attention.plans import Plan
 from tilewise.tiles import Visibility
 
 MODES = ("train", "prefill", "chunked prefill", "decode")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewise.attention.plan import Pass
+from tilewise.attention.plans import Pass
 from tilewise.attention.stages import Layout, Skip
 from tilewise.tiles import FULL, TileMap, Tiling, Visibility
 

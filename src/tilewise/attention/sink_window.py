@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewise.attention.method import Method
-from tilewise.attention.plan import Pass, Plan
+from tilewise.attention.plans import Pass, Plan
 from tilewise.tiles import TileMap
 from tilewise.tiles.visibility import FAR, HIDDEN
 

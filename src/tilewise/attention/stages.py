@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tilewise.attention.method import LOOKAHEADS, Method
-from tilewise.attention.plan import Pass, Plan
+from tilewise.attention.plans import Pass, Plan
 from tilewise.tiles import NONE, TileMap, Tiling, Visibility
 from tilewise.tiles.visibility import take, to_heads
 

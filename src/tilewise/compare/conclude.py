@@ -33,6 +33,11 @@ def _crossover(points: list[tuple[int, float, float]]) -> dict[str, Any]:
         gap_a, gap_b = math.log(mine_a / dense_a), math.log(mine_b / dense_b)
         tokens = math.exp(math.log(a) + (math.log(b) - math.log(a)) * gap_a / (gap_a - gap_b))
         return {"tokens": round(tokens), "note": f"measured between {a:,} and {b:,}"}
+    if len(points) < 3:
+        return {
+            "tokens": None,
+            "note": f"slower up to {points[-1][0]:,} tokens; too few lengths were measured to see a trend",
+        }
     beyond = _extrapolate(points)
     if beyond is None:
         return {
@@ -46,15 +51,13 @@ def _crossover(points: list[tuple[int, float, float]]) -> dict[str, Any]:
 
 
 def _extrapolate(points: list[tuple[int, float, float]]) -> int | None:
-    """Where quadratics through the measured times cross, beyond the last; None when they do not."""
-    if len(points) < 3:
-        return None
+    """Where quadratics through three or more measured times cross, beyond the last; None when they do not."""
     n = torch.tensor([p[0] for p in points], dtype=torch.float64) / points[-1][0]
     gap = torch.tensor([mine - dense for _, dense, mine in points], dtype=torch.float64)
     c, b, a = torch.linalg.lstsq(torch.stack([n**0, n, n**2], 1), gap.unsqueeze(1)).solution[:, 0].tolist()
-    if a >= 0:
+    if a >= 0 or b * b < 4 * a * c:
         return None
-    root = (-b - math.sqrt(max(b * b - 4 * a * c, 0))) / (2 * a)
+    root = (-b - math.sqrt(b * b - 4 * a * c)) / (2 * a)
     if not 1 < root < 64:
         return None
     return int(float(f"{root * points[-1][0]:.2g}"))
@@ -74,6 +77,12 @@ def advice(methods: list[dict[str, Any]], length: int) -> str:
         return (
             f"Dense is faster here: {tokens} no method reads the prompt surely faster"
             f" (the nearest, {best['method']}, takes {1 / best['prefill_speedup']:.2f} times as long)."
+        )
+    if dense.get("bits_per_byte") is None:
+        best = max(faster, key=lambda m: m["prefill_speedup"])
+        return (
+            f"{best['method']} reads the prompt {best['prefill_speedup']:.2f} times as fast as dense {tokens};"
+            " what that costs in quality was not measured."
         )
     good = [m for m in faster if _as_good(m, dense)]
     if good:

@@ -41,8 +41,9 @@ class Collector:
                 shade = (mass / mass.sum(-1, keepdim=True).clamp(min=1e-9)).sqrt()
                 data = (shade * 255).round().to(torch.uint8).cpu().contiguous().numpy().tobytes()
                 self.mass.append(_entry(event.layer, head, mass.shape, data=base64.b64encode(data).decode()))
-        rows = torch.arange(POINT - 1, n, POINT, device=event.q.device)
-        columns = torch.arange(0, n, POINT, device=event.q.device)[: len(rows)]
+        # As far as the tiles of the mass reach, so that the two pictures lie over each other at any length.
+        first = torch.arange(0, -(-n // TILE) * TILE, POINT, device=event.q.device)
+        rows, columns = ((first + last).clamp(max=n - 1) for last in (POINT - 1, 0))
         for head, kept in enumerate(event.plan.kept(rows, columns, event.q.shape[1])[0, :heads]):
             entry = _entry(event.layer, head, kept.shape, bits=_pack(kept))
             self.kept.append({"method": self.method, **entry})

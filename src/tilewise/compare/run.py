@@ -20,6 +20,7 @@ from tilewise import __version__, papers
 from tilewise.attention import Method
 from tilewise.compare import conclude, maps, material, page, quality, table, timing
 from tilewise.compare.settings import Settings
+from tilewise.errors import UserError
 from tilewise.models import Event, patch
 
 SHORTER = (8, 4, 2)  # further lengths for the crossover: this fraction of the tokens
@@ -41,12 +42,18 @@ def run_compare(settings: Settings, console: Console | None = None) -> dict[str,
         interrupt = caught
     result = run.result(partial=interrupt is not None)
     table.show(result, console)
+    failed = []
     for path, write in ((settings.json, write_json), (settings.out, page.write)):
         if path is not None:
-            write(result, path)
-            console.print(f"wrote {path}", highlight=False)
+            try:
+                write(result, path)
+                console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+            except OSError as error:  # it was writable at the start; the other file may still be
+                failed.append(f"cannot write {str(path)!r}: {error.strerror or error}")
     if interrupt is not None:
         raise interrupt
+    if failed:
+        raise UserError("; ".join(failed))
     return result
 
 
@@ -131,9 +138,14 @@ class Run:
 
     def _usable(self) -> None:
         """Patch once with every method, leak check included, so that what cannot work is said at the start."""
-        for name in self.methods:
-            with self.patched(name, check=name != "dense"):
-                pass
+        for name, method in self.methods.items():
+            try:
+                with patch(self.on.model, method, check=name != "dense"):
+                    pass
+            except UserError:
+                raise
+            except ValueError as error:  # what the bridge refuses when the model first calls it
+                raise UserError(f"{type(self.on.model).__name__} cannot run {name}: {error}") from error
 
     def _fidelity(self, progress: Progress) -> None:
         """Quality on the text, from a pass that also serves as the warm-up."""
@@ -212,9 +224,11 @@ class Run:
     def _retrieval(self, progress: Progress) -> None:
         """The retrieval tasks, dense first; tasks that the dense model cannot do are not asked of the others."""
         made = quality.questions(self.on, self.settings.tasks, self.settings.seed)
+        for wanted in {*self.settings.tasks} - {"perplexity"} - {question.task for question in made}:
+            self.notes[wanted] = f"{self.on.tokens.shape[1]:,} tokens are too few for it"
         task = progress.add_task("retrieval", total=len(made) * len(self.methods))
         for name, row in self.rows.items():
-            score = self.scores[name] = quality.Score()
+            score = quality.Score()
             for question in made:
                 if question.task not in self.notes:
                     with self.patched(name):
@@ -226,7 +240,7 @@ class Run:
                         need = f"below {quality.GATE:.0%}: not shown"
                         self.notes[done] = f"dense reaches {reached['accuracy']:.0%}, {need}"
                         score.forget(done)
-            row["tasks"] = score.tasks()
+            row["tasks"], self.scores[name] = score.tasks(), score
 
     def _maps(self, progress: Progress) -> None:
         tokens = self.on.tokens[:, : maps.LONGEST]
@@ -247,6 +261,8 @@ class Run:
                 for key, value in row.items():
                     if value is None and key != "paper":
                         row["reasons"].setdefault(key, "interrupted before it was measured")
+                if row["method"] not in self.scores:
+                    row["reasons"].setdefault("tasks", "interrupted before it was measured")
         collected = list(self.collected.values())
         return {
             "tilewise": __version__,

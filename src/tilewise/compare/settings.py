@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tilewise.attention import Method, as_method, named
+import torch
+
+from tilewise.attention import Method, as_method, named, plan
 from tilewise.errors import UserError
 
 TASKS = ("perplexity", "recall", "passkey")
@@ -49,6 +51,8 @@ class Settings:
         for path in (self.out, self.json):
             if path is not None:
                 check_writable(Path(path))
+        if self.out is not None and self.out == self.json:
+            raise UserError(f"the page and the JSON need a file each, got {str(self.out)!r} for both")
 
     def configured(self) -> dict[str, Method]:
         """The methods by the name given, dense first. Raises UserError for unknown names and bad settings."""
@@ -70,13 +74,22 @@ def parse_method(text: str) -> Method:
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if key not in fields or not equals:
-                raise ValueError(
-                    f"method {name!r} has settings {', '.join(sorted(fields)) or 'none'}, got {pair!r}"
-                )
-            given[key] = ast.literal_eval(value)
-        return dataclasses.replace(method, **given)  # type: ignore[type-var]
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise UserError(str(error)) from error
+                raise ValueError(f"its settings are {', '.join(sorted(fields)) or 'none'}, got {pair!r}")
+            given[key] = _value(value)
+        method = dataclasses.replace(method, **given)  # type: ignore[type-var]
+        # Some settings are only used, and so only checked, when there is something to plan.
+        plan(method, *torch.zeros(2, 1, 1, 2, 8), mask="causal")
+        return method
+    except (ValueError, TypeError, ArithmeticError) as error:
+        prefix = f"method {text!r}: " if pairs else ""
+        raise UserError(prefix + str(error)) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # the method says what it accepts instead
 
 
 def check_writable(path: Path) -> None:

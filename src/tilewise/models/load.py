@@ -93,7 +93,7 @@ def _silence() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):  # transformers offers to run it, tilewise never does
         return "it needs code of its own, which is never run; give a model of an architecture in transformers"
-    return textwrap.shorten(str(error), 300) or type(error).__name__
+    return textwrap.shorten(str(error), 240) or type(error).__name__
 
 
 def check_device(device: str) -> torch.device:

@@ -49,9 +49,9 @@ def patch(
         The `Bridge`, whose `observer` may be set or cleared inside the block.
 
     Raises:
-        TypeError: not a transformers model. UserError (a ValueError): the model's attention cannot be swapped,
-        is already patched, a layer index does not exist, a method is unknown or does not decode, or the leak
-        check failed.
+        TypeError: not a transformers model.
+        UserError: (a ValueError) the model's attention cannot be swapped, is already patched, a layer index does
+            not exist, a method is unknown or does not decode, or the leak check failed.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")

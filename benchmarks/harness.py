@@ -1,0 +1,86 @@
+"""Paired timing for all benchmarks: every contender once a round, ratios within the round, results as data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from tilewise import doctor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one setting, against the first contender of that setting.
+
+    `ms` is the median; `ratio` how many times as fast as the first, median of the rounds' own ratios, with the
+    20th and 80th percentile; `gflops` what it achieved on the operations it had to do, where that is known.
+    """
+
+    setting: str
+    provider: str
+    ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    gflops: float | None
+
+
+def race(
+    setting: str, contenders: dict[str, Callable[[], object]], work: dict[str, float], rounds: int = 7
+) -> list[Row]:
+    """Time the contenders in turns. `work` is in floating-point operations, by contender."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(rounds + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    first = times[next(iter(times))]
+    rows = []
+    for name, spent in times.items():
+        ratios = torch.tensor([a / b for a, b in zip(first, spent)], dtype=torch.float64)
+        low, middle, high = torch.quantile(
+            ratios, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        ).tolist()
+        seconds = sorted(spent)[len(spent) // 2]
+        gflops = work[name] / seconds / 1e9 if name in work else None
+        rows.append(Row(setting, name, 1000 * seconds, middle, low, high, gflops))
+        print(
+            f"{setting:<44}{name:<20}{1000 * seconds:>9.1f} ms {middle:>7.2f}x [{low:.2f}..{high:.2f}]"
+            + (f"{gflops:>8.0f} GFLOP/s" if gflops else ""),
+            flush=True,
+        )
+    return rows
+
+
+def tests_pass(*selection: str) -> bool:
+    """Whether the tests of what is timed pass: a figure for wrong results is no figure."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *selection], stdout=subprocess.DEVNULL)
+    return done.returncode == 0
+
+
+def save(name: str, rows: list[Row]) -> Path:
+    """Write the rows with the machine they were measured on."""
+    path = RESULTS / f"{name}.json"
+    result = {
+        "benchmark": name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {**doctor.facts(), "threads": torch.get_num_threads()},
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path.name}")
+    return path
