@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tilewise
-from tilewise import cli, doctor, kernels
+from tilewise import cli, doctor, kernels, machine
 from tilewise.errors import UserError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -206,7 +206,7 @@ def test_doctor_fails_on_a_wrong_engine(run: Run, monkeypatch: pytest.MonkeyPatc
 
 def test_compiler_follows_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert doctor.compiler() is None
+    assert machine.compiler() is None
     assert doctor.facts()["C++ compiler"] == "missing"
     monkeypatch.setenv("CXX", sys.executable)
-    assert doctor.compiler() == sys.executable
+    assert machine.compiler() == sys.executable

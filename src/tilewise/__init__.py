@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from tilewise import attention, tiles
 from tilewise.attention import attend, explain
+from tilewise.version import __version__
 
 if TYPE_CHECKING:
     from tilewise.models import patch, register
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import shutil
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
-from tilewise import __version__
+from tilewise.machine import compiler, cpu_name
+from tilewise.version import __version__
 
 # What an engine that does not run here may raise.
 _FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
@@ -102,19 +101,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "present, version unknown" if importlib.util.find_spec(package) else "missing"
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it; on systems that do not, its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def compiler() -> str | None:
-    """Path of the C++ compiler: $CXX if set, else the first of c++, g++, clang++ that is there."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path), None)

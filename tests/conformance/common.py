@@ -55,7 +55,11 @@ FULL: dict[str, Method] = {
 UNNAMED: dict[str, Method] = {
     "sorted queries": PBSAttention(segment=64, threshold=0.4, tile=32, queries=True),
     "flat tiles, sorted": Tiles(
-        score=MeanPool(), select=Mass(0.6), tile=(4, 16), order=SegmentSort(segment=32, probe=8), always=(Own(),)
+        score=MeanPool(),
+        select=Mass(0.6),
+        tile=(4, 16),
+        order=SegmentSort(segment=32, probe=8),
+        always=(Own(),),
     ),
 }
 
@@ -64,7 +68,9 @@ def methods() -> dict[str, Method]:
     """One small setting of every named method, plus unnamed compositions."""
     missing = set(named()) - set(METHODS)
     if missing or set(named()) != set(FULL):
-        raise LookupError(f"tests/conformance/common.py has no setting for {sorted(missing) or set(named()) ^ set(FULL)}")
+        raise LookupError(
+            f"tests/conformance/common.py has no setting for {sorted(missing) or set(named()) ^ set(FULL)}"
+        )
     return {**METHODS, **UNNAMED}
 
 
@@ -88,8 +94,10 @@ def qkv(
 
 def repeat(x: Tensor, heads: int) -> Tensor:
     """kv heads repeated to query heads, in memory."""
-    return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] not in (1, heads) else x.expand(
-        -1, heads, *[-1] * (x.ndim - 2)
+    return (
+        x.repeat_interleave(heads // x.shape[1], 1)
+        if x.shape[1] not in (1, heads)
+        else x.expand(-1, heads, *[-1] * (x.ndim - 2))
     )
 
 
@@ -166,7 +174,9 @@ class Exact(Result):
 
     rounding: dict[str, Tensor] | None = None
 
-    def check(self, got: Result | dict[str, Tensor], dtype: torch.dtype = torch.float64, slack: int = 4) -> None:
+    def check(
+        self, got: Result | dict[str, Tensor], dtype: torch.dtype = torch.float64, slack: int = 4
+    ) -> None:
         """Raise unless every field of `got` is this answer to rounding in `dtype`.
 
         `slack` covers what the count of operations leaves out: this answer rounds as well, and results of

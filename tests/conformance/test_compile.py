@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.conformance.common import METHODS, cases, qkv
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilewise
+from tests.conformance.common import METHODS, cases, qkv
 from tilewise.attention import attend_tiles, plan
 from tilewise.kernels.attend_tiles import op
 from tilewise.tiles import Causal, Documents, Padding, TileMap, Tiling, Visibility, Window
@@ -41,6 +41,25 @@ def _equal_to_eager(function, inputs) -> None:
 def test_compiled_equals_eager(method, grouped):
     q, k, v = qkv(heads=4, kv_heads=2 if grouped else 4, n_q=97, dtype=torch.float32)
     _equal_to_eager(lambda *x: (tilewise.attend(*x, method, mask="causal"),), (q, k, v))
+
+
+@pytest.mark.parametrize("name", [None, *METHODS])
+def test_compiled_by_name(name):
+    """Names are looked up, and methods made, inside the graph."""
+    q, k, v = qkv(heads=2, n_q=257, dtype=torch.float32)
+    _equal_to_eager(lambda *x: (tilewise.attend(*x, name, mask="causal"),), (q, k, v))
+
+
+def test_compiled_with_a_method_made_inside():
+    from tilewise.attention import MoBA, PBSAttention, SinkWindow, XAttention
+
+    q, k, v = qkv(heads=2, n_q=97, dtype=torch.float32)
+
+    def function(*inputs):
+        made = (MoBA(16, 2), XAttention(4, 0.5, 32), PBSAttention(64, 0.5, 32), SinkWindow(2, 9))
+        return tuple(tilewise.attend(*inputs, method, mask="causal") for method in made)
+
+    _equal_to_eager(function, (q, k, v))
 
 
 def test_compiled_equals_eager_with_everything_else():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, FULL, METHODS, exact, grid, methods, qkv
 
 import tilewise
+from tests.conformance.common import ENGINES, FULL, METHODS, exact, grid, methods, qkv
 from tilewise.attention import plan
 from tilewise.attention.method import MODES
 
@@ -33,7 +33,9 @@ def _steps(method, q, k, v, borders, engine):
 
 
 @pytest.mark.parametrize("engine", ["auto", "torch", "definition"])
-@pytest.mark.parametrize("method", _supporting("decode", DECODES).values(), ids=_supporting("decode", DECODES))
+@pytest.mark.parametrize(
+    "method", _supporting("decode", DECODES).values(), ids=_supporting("decode", DECODES)
+)
 def test_prefill_then_token_by_token(method, engine):
     q, k, v = qkv(b=2, heads=4, kv_heads=2, n_q=N)
     want = exact(q, k, v, grid(plan(method, q, k, mask="causal"), 2, 4, N, N))
@@ -70,7 +72,9 @@ def test_decode_with_a_window_and_padding():
         seen[..., max(0, t - 8) :] = True
         seen &= keep[:, None, None, : t + 1]
         exact(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], seen).check({"out": one})
-        exact(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], seen).check({"out": whole[:, :, t : t + 1]})
+        exact(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], seen).check(
+            {"out": whole[:, :, t : t + 1]}
+        )
 
 
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, FULL, exact, grid, qkv, run_or_refuse, with_grads
 
+from tests.conformance.common import ENGINES, FULL, exact, grid, qkv, run_or_refuse, with_grads
 from tilewise.attention import plan
 from tilewise.tiles import Causal, Documents, Padding, Prefix, Window
 

@@ -8,8 +8,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, LOW, cases, exact, grid, naive, over_budget, qkv, run_or_refuse, with_grads
 
+from tests.conformance.common import (
+    ENGINES,
+    LOW,
+    cases,
+    exact,
+    grid,
+    naive,
+    over_budget,
+    qkv,
+    run_or_refuse,
+    with_grads,
+)
 from tilewise.attention import plan
 
 FIELDS = ("out", "dq", "dk", "dv")
@@ -48,7 +59,9 @@ def test_error_is_within_twice_naive(method, engine, dtype, biased):
 def test_the_budget_notices_zeros_shifts_and_wrong_masks(dtype, name):
     (q, k, v), d_out, _, made, seen, want, baseline = _setting(dtype, cases(["moba"])[0].values[0])
     wrong_mask = seen | seen.roll(1, -1)  # every query also sees the key after each of its own
-    leaking = with_grads(lambda q, k, v, bias: naive(q, k, v, wrong_mask), q.double(), k.double(), v.double(), d_out)
+    leaking = with_grads(
+        lambda q, k, v, bias: naive(q, k, v, wrong_mask), q.double(), k.double(), v.double(), d_out
+    )
     good = getattr(baseline, name)
     assert over_budget(good, good, getattr(want, name)) is None
     for bad in (torch.zeros_like(good), good.roll(1, 2), getattr(leaking, name), good * torch.nan):
@@ -70,3 +83,21 @@ def test_lse_is_natural_log_in_float32(engine, dtype):
     baseline = scores.masked_fill(~grid(made, 1, 4, 150, 150), -torch.inf).logsumexp(-1)
     assert lse.dtype == torch.float32
     assert over_budget(lse, baseline, want.lse) is None
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_rounding_bound_notices_zeros_shifts_wrong_masks_and_one_wrong_element(name):
+    """The bound that all other conformance tests use, in float64."""
+    q, k, v = qkv(b=2, heads=4, kv_heads=2, n_q=150, d=16)
+    seen = torch.ones(150, 150, dtype=torch.bool).tril()
+    want = exact(q, k, v, seen)
+    good = getattr(want, name)
+    want.check({name: good})
+    leaking = getattr(exact(q, k, v, seen | seen.roll(1, -1)), name)
+    one_wrong = good.clone()
+    one_wrong[1, 1, 77, 3] += 1e-9 * good.abs().max()
+    for bad in (torch.zeros_like(good), good.roll(1, 2), leaking, good * torch.nan, one_wrong, good.float()):
+        with pytest.raises(AssertionError, match=f"{name}: .* wrong"):
+            want.check({name: bad})
+    with pytest.raises(AssertionError, match=f"{name}: shape"):
+        want.check({name: good[:, :, 1:]})

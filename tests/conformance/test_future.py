@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, cases, grid, qkv, run_or_refuse
 from torch import Tensor
 
 import tilewise
+from tests.conformance.common import ENGINES, cases, grid, qkv, run_or_refuse
 from tilewise.attention import Centroid, Mass, MeanPool, Own, Plan, Tiles, TopK, TrueMass, plan
 from tilewise.tiles import BlockCausal, Causal, Window
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, cases, exact, grid, qkv, repeat, run_or_refuse, with_grads
 
+from tests.conformance.common import ENGINES, cases, exact, grid, qkv, repeat, run_or_refuse, with_grads
 from tilewise.attention import Pass, Plan, plan
-from tilewise.attention.plans import Pass
 
 HEADS = ((2, 2), (4, 2), (8, 2), (7, 1), (8, 1), (1, 1))
 # Methods that choose per query head: repeating K must not change what they choose. The others sort keys once per
@@ -41,7 +40,8 @@ def test_equals_explicit_repetition(method, engine, heads, kv_heads):
     want = exact(q, k, v, grid(made, 2, heads, 97, 97), d_out)
     want.check(got)
     summed = {
-        name: getattr(repeated, name).unflatten(1, (kv_heads, heads // kv_heads)).sum(2) for name in ("dk", "dv")
+        name: getattr(repeated, name).unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
+        for name in ("dk", "dv")
     }
     want.check({"out": repeated.out, "dq": repeated.dq, **summed})
 

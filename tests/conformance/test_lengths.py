@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, cases, exact, grid, methods, qkv, run_or_refuse, with_grads
 
 import tilewise
+from tests.conformance.common import ENGINES, cases, exact, grid, methods, qkv, run_or_refuse, with_grads
 from tilewise.attention import plan
 from tilewise.attention.method import mode_of
 from tilewise.tiles import Causal, Padding, TokenMask, Window
@@ -113,7 +113,9 @@ def test_rows_that_see_nothing_through_two_layers(method, engine, mask):
 def test_rows_emptied_by_a_float_mask(engine):
     """-inf in an additive mask hides as False does, and the gradient of the bias is 0 there."""
     q, k, v = qkv(n_q=40)
-    mask = torch.zeros(40, 40, dtype=torch.float64).masked_fill(torch.arange(40).remainder(3).eq(0), -torch.inf)
+    mask = torch.zeros(40, 40, dtype=torch.float64).masked_fill(
+        torch.arange(40).remainder(3).eq(0), -torch.inf
+    )
     mask[5:9] = -torch.inf
     bias = mask.clone().requires_grad_()
     run = run_or_refuse(engine, q, k, v, "dense", mask=bias, return_lse=True)

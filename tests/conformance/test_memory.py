@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, METHODS, qkv, run_or_refuse
 from torch.profiler import ProfilerActivity, profile
 
 import tilewise
+from tests.conformance.common import ENGINES, METHODS, qkv, run_or_refuse
 from tilewise.attention import MoBA, XAttention, attend_tiles
 from tilewise.tiles import Causal, Documents, TileMap, Window
 

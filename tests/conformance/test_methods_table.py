@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.conformance.common import ENGINES, FULL, METHODS, cases, grid, qkv
-
 import tilewise
+from tests.conformance.common import ENGINES, FULL, METHODS, cases, grid, qkv
 from tilewise.attention import Method, named, plan
 from tilewise.kernels import engines
 

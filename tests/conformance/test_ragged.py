@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, FULL, METHODS, exact, grid, qkv, run_or_refuse, with_grads
 
 import tilewise
+from tests.conformance.common import ENGINES, FULL, METHODS, exact, grid, qkv, run_or_refuse, with_grads
 from tilewise.attention import plan
 from tilewise.tiles import Causal, Documents, Padding
 
@@ -89,7 +89,9 @@ def test_sparse_choice_does_not_depend_on_left_padding_by_whole_tiles(name):
     (q, k, v), keep, (sequence,) = _padded(True, (shift,), lengths=(128,))
     alone = plan(METHODS[name], *sequence[:2], mask="causal")
     padded = plan(METHODS[name], q, k, mask=Causal() & Padding(keep))
-    assert torch.equal(grid(padded, 1, 4, 128 + shift, 128 + shift)[..., shift:, shift:], grid(alone, 1, 4, 128, 128))
+    assert torch.equal(
+        grid(padded, 1, 4, 128 + shift, 128 + shift)[..., shift:, shift:], grid(alone, 1, 4, 128, 128)
+    )
     out = tilewise.attend(q, k, v, METHODS[name], mask=Causal() & Padding(keep))
     exact(*sequence, grid(alone, 1, 4, 128, 128)).check({"out": out[:, :, shift:]})
 

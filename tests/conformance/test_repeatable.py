@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, cases, qkv, run_or_refuse, with_grads
 
+from tests.conformance.common import ENGINES, cases, qkv, run_or_refuse, with_grads
 from tilewise.attention import plan
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conformance.common import ENGINES, cases, exact, grid, qkv, run_or_refuse, with_grads
 from torch import Tensor
 
 import tilewise
+from tests.conformance.common import ENGINES, cases, exact, grid, qkv, run_or_refuse
 from tilewise.attention import plan
 
 B, H, N, D = 2, 2, 97, 8
@@ -50,7 +50,11 @@ def test_strides(layout, method, engine):
     want = exact(q, k, v, grid(plan(method, q, k, mask="causal"), B, H, N, N), d_out)
     lay = LAYOUTS[layout]
     # V laid out otherwise than K.
-    for x, y, z, g in ((lay(q), lay(k), v, d_out), (q, k, lay(v), lay(d_out)), (q, lay(k), _offset(v), d_out)):
+    for x, y, z, g in (
+        (lay(q), lay(k), v, d_out),
+        (q, k, lay(v), lay(d_out)),
+        (q, lay(k), _offset(v), d_out),
+    ):
         made = plan(method, x, y, mask="causal")
         run = run_or_refuse(engine, x, y, z, made)
         if run is None:
@@ -101,7 +105,9 @@ def test_layout_bnhd_is_the_same_call(method, engine):
 def test_layout_bnhd_lse_stays_per_head():
     q, k, v = qkv(b=B, heads=4, kv_heads=2, n_q=N, d=D)
     want = tilewise.attend(q, k, v, mask="causal", return_lse=True)
-    got = tilewise.attend(*(x.transpose(1, 2) for x in (q, k, v)), mask="causal", return_lse=True, layout="bnhd")
+    got = tilewise.attend(
+        *(x.transpose(1, 2) for x in (q, k, v)), mask="causal", return_lse=True, layout="bnhd"
+    )
     assert got.out.shape == (B, N, 4, D) and torch.equal(got.lse, want.lse)
 
 

@@ -32,7 +32,9 @@ BATCH = 2
 
 def brute(rule, n_q: int, n_k: int) -> Tensor:
     """`[BATCH, n_q, n_k]`: `rule(batch, query position, key position)` for every pair, aligned bottom-right."""
-    cells = [[[bool(rule(b, i + n_k - n_q, j)) for j in range(n_k)] for i in range(n_q)] for b in range(BATCH)]
+    cells = [
+        [[bool(rule(b, i + n_k - n_q, j)) for j in range(n_k)] for i in range(n_q)] for b in range(BATCH)
+    ]
     return torch.tensor(cells, dtype=torch.bool).view(BATCH, n_q, n_k)
 
 
@@ -45,20 +47,24 @@ def _document(cu: list[int], position: int) -> int:
 @st.composite
 def masks(draw, n_q: int, n_k: int):
     """One simple mask with its rule."""
-    kind = draw(st.sampled_from(["everything", "causal", "window", "documents", "block", "prefix", "padding", "grid"]))
+    kind = draw(
+        st.sampled_from(["everything", "causal", "window", "documents", "block", "prefix", "padding", "grid"])
+    )
     if kind == "causal":
         return Causal(), lambda b, i, j: j <= i
     if kind == "window":
         side = st.one_of(st.none(), st.sampled_from([0, 1, max(n_k - 1, 0), n_k]), st.integers(0, n_k + 2))
         left, right = draw(side), draw(side)
-        return Window(left, right), lambda b, i, j: (
-            (left is None or j >= i - left) and (right is None or j <= i + right)
-        )
+        return Window(
+            left, right
+        ), lambda b, i, j: (left is None or j >= i - left) and (right is None or j <= i + right)
     if kind == "documents" and n_k:
         inner = sorted(draw(st.lists(st.integers(0, n_k), max_size=5)))
         cu = [0, *inner, n_k]
         index = draw(st.sampled_from([torch.int32, torch.int64]))
-        return Documents(torch.tensor(cu, dtype=index)), lambda b, i, j: _document(cu, i) == _document(cu, j)
+        return Documents(
+            cu_seqlens=torch.tensor(cu, dtype=index)
+        ), lambda b, i, j: _document(cu, i) == _document(cu, j)
     if kind == "block":
         block = draw(st.integers(1, n_k + 2))
         return BlockCausal(block), lambda b, i, j: j // block <= i // block
@@ -75,7 +81,7 @@ def masks(draw, n_q: int, n_k: int):
             keep = [[(j >= n_k - r) if left else (j < r) for j in range(n_k)] for r in real]
         dtype = draw(st.sampled_from([torch.bool, torch.int64]))
         tensor = torch.tensor(keep, dtype=dtype).view(BATCH, n_k)
-        return Padding(tensor), lambda b, i, j: keep[b][j]
+        return Padding(keep=tensor), lambda b, i, j: keep[b][j]
     if kind == "grid":
         seed = draw(st.integers(0, 99))
         cells = torch.rand(n_q, n_k, generator=torch.Generator().manual_seed(seed)) > 0.4
@@ -158,10 +164,19 @@ def test_short_cuts_are_offered_only_where_they_hold():
     assert Everything().bind(5, 9).simple == "everything"
     assert Causal().bind(9, 9).simple == "causal"
     assert Causal().bind(1, 9).simple == "everything"  # one query at the end sees all
-    for mask, n_q in ((Causal(), 5), (Causal() & Window(3, 0), 9), (Causal() & Everything(), 9), (Window(), 9)):
+    for mask, n_q in (
+        (Causal(), 5),
+        (Causal() & Window(3, 0), 9),
+        (Causal() & Everything(), 9),
+        (Window(), 9),
+    ):
         assert mask.bind(n_q, 9).simple is None
     view = Causal().bind(9, 9)
-    for narrower in (view.limit(lo=2), view.hide(torch.zeros(1, 1, 9, dtype=torch.bool)), view.permute(None, None)):
+    for narrower in (
+        view.limit(lo=2),
+        view.hide(torch.zeros(1, 1, 9, dtype=torch.bool)),
+        view.permute(None, None),
+    ):
         assert narrower.simple is None
 
 
@@ -202,7 +217,7 @@ def _bounds(draw, n: int) -> Tensor:
 def tilings(draw, n: int, heads: int) -> Tiling:
     kind = draw(st.sampled_from(["uniform", "uneven", "by head"]))
     if kind == "uniform":
-        return Tiling(draw(st.integers(1, n + 2)))
+        return Tiling(size=draw(st.integers(1, n + 2)), bounds=None)
     if kind == "uneven":
         return Tiling.from_bounds(_bounds(draw, n))
     inner = [sorted(draw(st.lists(st.integers(0, n), min_size=2, max_size=2))) for _ in range(heads)]
@@ -239,7 +254,9 @@ def test_permuted_order_is_the_permuted_grid_and_its_tiles_are_sound(data, case,
         columns = k_order.repeat_interleave(heads // k_heads, 1).unsqueeze(2).expand(-1, -1, n_q, -1)
         grid = grid.gather(3, columns)
     tokens = view.tokens()
-    assert torch.equal(tokens.expand(BATCH, tokens.shape[1], n_q, n_k).repeat_interleave(heads // tokens.shape[1], 1), grid)
+    assert torch.equal(
+        tokens.expand(BATCH, tokens.shape[1], n_q, n_k).repeat_interleave(heads // tokens.shape[1], 1), grid
+    )
     check_tiles(view, grid, Tiling(data.draw(st.integers(1, 6))), Tiling(data.draw(st.integers(1, 6))))
 
 

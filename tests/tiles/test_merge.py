@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conformance.common import ENGINES, exact, qkv, repeat, run_or_refuse
 
 import tilewise
+from tests.conformance.common import ENGINES, exact, qkv, repeat, run_or_refuse
 from tilewise.attention import Pass, Plan, plan
 from tilewise.tiles import Causal, Partial, TokenMask, merge
 
@@ -79,8 +79,8 @@ def test_merge_with_empty_parts_changes_nothing():
 
 
 def test_merge_of_one_is_itself_and_of_none_raises():
-    part = Partial(torch.ones(1, 1, 2, 3), torch.zeros(1, 1, 2))
-    assert merge([part]) is part
+    part = Partial(out=torch.ones(1, 1, 2, 3), lse=torch.zeros(1, 1, 2))
+    assert merge(partials=[part]) is part
     with pytest.raises(ValueError, match="at least one partial result, got none"):
         merge([])
 
@@ -127,7 +127,9 @@ def test_gradients_through_out_lse_bias_and_softcap(engine, softcap, bias_shape)
     assert torch.autograd.gradcheck(function, _leaves(*inputs, *bias), fast_mode=True)
 
 
-@pytest.mark.parametrize("mask", ["causal", None, TokenMask(torch.rand(7, 7, generator=torch.manual_seed(0)) > 0.5)])
+@pytest.mark.parametrize(
+    "mask", ["causal", None, TokenMask(torch.rand(7, 7, generator=torch.manual_seed(0)) > 0.5)]
+)
 def test_gradients_through_merge(mask):
     inputs = qkv(heads=2, kv_heads=1, n_q=7, d=3)
 

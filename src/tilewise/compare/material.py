@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise import doctor
 from tilewise.compare.settings import Settings
 from tilewise.errors import UserError
+from tilewise.machine import cpu_name
 from tilewise.models import load_model
 
 LONGEST = 8192  # tokens used when the caller does not say and the model's context is longer
@@ -86,7 +86,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     return {
-        "cpu": doctor.cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "memory_gb": None if pages is None else round(pages / 2**30, 1),
         "os": f"{platform.system()} {platform.release()}",

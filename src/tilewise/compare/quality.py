@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -81,25 +82,11 @@ def _question(material, task: str, length: int, example, spans, depth: float | N
     where = dict(zip(example.spans, example.distances))
     answers, depths = [], []
     for span in spans:
-        inside = (
-            [i for i, start in enumerate(starts) if span[0] <= start < span[1]] if len(spans) == 1 else None
-        )
-        first = (
-            _first_at_or_after(starts, span[0]) if inside is None else (inside[0] if inside else len(starts))
-        )
-        last = (
-            _first_at_or_after(starts, span[1]) if inside is None else (inside[-1] + 1 if inside else first)
-        )
+        first, last = (bisect.bisect_left(starts, place) for place in span)
         if 0 < first < last:
             answers.append((first, last))
             depths.append((span[0] - where[span]) / len(example.text) if depth is None else depth)
     return Question(task, length, depth, tuple(encoded["input_ids"]), tuple(answers), tuple(depths))
-
-
-def _first_at_or_after(starts: list[int], place: int) -> int:
-    import bisect
-
-    return bisect.bisect_left(starts, place)
 
 
 @torch.inference_mode()

@@ -16,12 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tilewise import __version__, papers
+from tilewise import papers
 from tilewise.attention import Method
 from tilewise.compare import conclude, maps, material, page, quality, table, timing
 from tilewise.compare.settings import Settings
 from tilewise.errors import UserError
 from tilewise.models import Event, patch
+from tilewise.version import __version__
 
 SHORTER = (8, 4, 2)  # further lengths for the crossover: this fraction of the tokens
 
@@ -172,17 +173,30 @@ class Run:
         whole = length == self.on.tokens.shape[1]
         task = progress.add_task(f"prefill of {length:,} tokens", total=(repeats + 1) * len(self.methods))
         times: dict[str, list[float]] = {name: [] for name in self.methods}
-        for round_ in range(repeats + 1):
-            for name in self.methods:
-                with self.patched(name):
-                    memory = timing.PeakMemory(self.on.device)
-                    with memory if whole and round_ == 0 else nullcontext():
-                        spent = timing.prefill(self.on.model, tokens)
-                if round_:
-                    times[name].append(spent)
-                elif whole:
-                    self._store_memory(name, memory)
-                progress.advance(task)
+        try:
+            for round_ in range(repeats + 1):
+                for name in self.methods:
+                    with self.patched(name):
+                        memory = timing.PeakMemory(self.on.device)
+                        with memory if whole and round_ == 0 else nullcontext():
+                            spent = timing.prefill(self.on.model, tokens)
+                    if round_:
+                        times[name].append(spent)
+                    elif whole:
+                        self._store_memory(name, memory)
+                    progress.advance(task)
+        finally:
+            self._store_times(times, length, whole)
+        if whole:
+            for name in self.rows:
+                self._observe(name)
+
+    def _store_times(self, times: dict[str, list[float]], length: int, whole: bool) -> None:
+        """What the finished rounds say: an interruption loses only the round under way."""
+        rounds = min(map(len, times.values()))
+        if not rounds:
+            return
+        times = {name: values[:rounds] for name, values in times.items()}
         spreads = {name: timing.spread(values) for name, values in times.items()}
         self.lengths.append({"tokens": length, "methods": spreads})
         self.lengths.sort(key=lambda row: row["tokens"])
@@ -192,7 +206,6 @@ class Run:
                 row.update(prefill_ms=spreads[name]["ms"], prefill_ms_low=spreads[name]["low"])
                 row.update(prefill_ms_high=spreads[name]["high"], prefill_speedup=ratios["ms"])
                 row.update(prefill_speedup_low=ratios["low"], prefill_speedup_high=ratios["high"])
-                self._observe(name)
 
     def _store_memory(self, name: str, memory: timing.PeakMemory) -> None:
         self.rows[name]["peak_mb"] = memory.mb

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,6 +67,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
+            _give_back()
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
                 self.before = _status("VmRSS")
@@ -75,7 +79,14 @@ class PeakMemory:
         if self.device.type == "cuda":
             self.mb = (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
         elif self.reason is None:
-            self.mb = (_status("VmHWM") - self.before) / 1e6
+            self.mb = max(0, _status("VmHWM") - self.before) / 1e6  # the kernel counts in batches of pages
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, or what the method before held would hide what this one needs."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only the GNU C library can
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -56,7 +56,7 @@ def load_model(
         with _silence():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             # Without these two, weights that are missing or misshapen would be random, with a warning at most.
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=DTYPES[dtype],
                 use_safetensors=True,
@@ -66,6 +66,7 @@ def load_model(
             )
     except (*wrong_value, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load model {source!r}: {_reason(error)}") from error
+    model, found = loaded
     for kind in ("missing", "mismatched"):
         if names := sorted(str(key if kind == "missing" else key[0]) for key in found[f"{kind}_keys"]):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

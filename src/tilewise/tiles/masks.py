@@ -20,6 +20,10 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
+    def at(self, q_pos: Tensor | None = None, k_pos: Tensor | None = None) -> Mask:
+        """This mask with tokens at given positions, int64 `[N]` or `[B|1, H|1, N]`; None keeps the usual ones."""
+        return Placed(self, q_pos, k_pos)
+
     def bind(
         self,
         n_q: int,
@@ -185,6 +189,30 @@ class TokenMask(Mask):
         if self.seen.shape[-2:] != (n_q, n_k):
             raise ValueError(f"mask is for {list(self.seen.shape[-2:])} tokens, the call has {[n_q, n_k]}")
         return view.with_dense(self.seen[(None,) * (4 - self.seen.ndim)].to(view.pos.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Placed(Mask):
+    """A mask whose tokens stand at given positions (see `Mask.at`)."""
+
+    mask: Mask
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+
+    def narrow(self, view: Visibility) -> Visibility:
+        raise ValueError("positions hold for a whole mask: write (a & b).at(...), not a & b.at(...)")
+
+    def bind(
+        self,
+        n_q: int,
+        n_k: int,
+        *,
+        q_pos: Tensor | None = None,
+        k_pos: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> Visibility:
+        q_pos, k_pos = (self.q_pos if q_pos is None else q_pos), (self.k_pos if k_pos is None else k_pos)
+        return self.mask.bind(n_q, n_k, q_pos=q_pos, k_pos=k_pos, device=device)
 
 
 @dataclass(frozen=True)

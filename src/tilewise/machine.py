@@ -1,0 +1,24 @@
+"""Facts about the machine that torch does not tell."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it; on systems that do not, its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: $CXX if set, else the first of c++, g++, clang++ that is there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)
