@@ -119,22 +119,24 @@ def measure(model, work: Path, quick: bool = False) -> dict:
     """Everything training/README.md tells about the model."""
     filler = b"\n".join(documents(work))
     many = 1 if quick else 4
+    most = 32_768 if quick else 131_072  # bytes of text of each source
     results: dict = {"recall": {}, "passkey": {}, "copying": {}, "bits_per_byte": {}}
     for length in (256, 1024, 2048, 4096, 8192):
         results["recall"][str(length)] = _share(recall_score(model, length, max(2, many * 8192 // length)))
         print("recall", length, results["recall"][str(length)], flush=True)
     for length in (1024, 2048, 4096, 8192):
         by_depth = {}
+        passkeys = 2 if quick else 5 if length > 4096 else 10
         for step in range(0, 11, 5 if quick else 1):
             depth = step / 10
-            by_depth[str(depth)] = _share(passkey_score(model, length, depth, 5 * many, filler))
+            by_depth[str(depth)] = _share(passkey_score(model, length, depth, passkeys, filler))
         counts = [sum(entry[key] for entry in by_depth.values()) for key in ("right", "n")]
         results["passkey"][str(length)] = {"all": _share((counts[0], counts[1])), "depth": by_depth}
         print("passkey", length, results["passkey"][str(length)]["all"], flush=True)
-        results["copying"][str(length)] = _share(copying_score(model, length, 5 * many))
+        results["copying"][str(length)] = _share(copying_score(model, length, 2 * passkeys))
         print("copying", length, results["copying"][str(length)], flush=True)
     for path in sorted((work / "held_out").iterdir()):
-        text = b"\n".join(documents(work, path.name))[: 131_072 if quick else 1 << 20]
+        text = b"\n".join(documents(work, path.name))[:most]
         entry = {str(context): bits_per_byte(model, text, context) for context in (1024, 8192)}
         results["bits_per_byte"][path.name] = {"bytes": len(text), **entry}
         print("bits per byte", path.name, entry, flush=True)
@@ -182,7 +184,7 @@ def tables(results: dict) -> str:
         ]
         + [
             (
-                "all, weighted by held-out bytes",
+                "all",
                 "",
                 f"{sum(entry['train_bytes'] for entry in corpus.values()):,}",
                 f"{sum(entry['held_out_bytes'] for entry in corpus.values()):,}",

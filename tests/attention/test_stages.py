@@ -248,7 +248,7 @@ def test_mean_pool_is_a_softmax_over_tiles():
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_scores_of_large_activations_stay_finite(score, dtype):
-    """Models have channels in the hundreds: products beyond 65,504 (float16) that a scale brings back into range."""
+    """Models have channels in the hundreds: products beyond 65,504 (float16), which the scale brings into range."""
     q, k, _ = (x.to(dtype) for x in qkv(1, 2, 1, 64, d=64))
     q[..., 0] += 300
     k[..., 0] += 300

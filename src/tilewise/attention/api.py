@@ -56,6 +56,8 @@ def attend(
     if layout not in ("bhnd", "bnhd"):
         raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
     if layout == "bnhd":
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_tensor(name, x, "[B, N, H, D]")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     view, bias, scale = _bind(q, k, v, mask, bias, scale, softcap)
     plan = _plan(method, q, k, v, view, scale)
@@ -85,7 +87,7 @@ def attend_tiles(
     view, bias, scale = _bind(q, k, v, mask, bias, scale, softcap)
     if not isinstance(tile_map, TileMap):
         raise TypeError(f"tile_map must be a TileMap, got {type(tile_map).__name__}")
-    tile_map.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    tile_map.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2], k.shape[1])
     plan = Plan((Pass(view, tile_map),), view)
     partial = plan.run(q, k, v, bias=bias, scale=scale, softcap=softcap, engine=engine, need_lse=return_lse)
     return partial if return_lse else partial.out
@@ -151,9 +153,11 @@ def explain(
 
 def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scale: float) -> Plan:
     if isinstance(method, Plan):
-        have, need = method.view.q_pos.shape[2], q.shape[2]
-        if have != need or method.view.k_pos.shape[2] != k.shape[2]:
-            raise ValueError(f"the plan was made for {have} queries, the call has {need}: plan again")
+        method.check(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+        if view.simple != "everything" and not view.same(method.view):
+            raise ValueError(
+                "mask must be None or the one the plan was made for; plan again for another mask"
+            )
         return method
     chosen = as_method(method)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
@@ -165,9 +169,7 @@ def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scal
 def _bind(q, k, v, mask, bias, scale, softcap) -> tuple[Visibility, Tensor | None, float]:
     """Check the arguments; the mask as a Visibility, float masks added to the bias, the scale as a number."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor [B, H, N, D], got {given}")
+        _check_tensor(name, x, "[B, H, N, D]")
         if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
             raise TypeError(
                 f"q, k and v must share one floating dtype and device, got q {q.dtype} on {q.device} and"
@@ -184,22 +186,29 @@ def _bind(q, k, v, mask, bias, scale, softcap) -> tuple[Visibility, Tensor | Non
         raise ValueError(f"query heads must be a multiple of kv heads, got {heads} and {kv_heads}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or > 0, got {softcap!r}")
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        mask, bias = None, mask if bias is None else bias + mask
     if bias is not None:
-        bias = _check_bias(bias, (b, heads, n_q, n_k))
+        bias = _check_additive("bias", bias, (b, heads, n_q, n_k))
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        added = _check_additive("mask", mask, (b, heads, n_q, n_k))
+        mask, bias = None, added if bias is None else bias + added
     view = as_mask(mask).bind(n_q, n_k, device=q.device)
     for name, x in (("batch", 0), ("heads", 1)):
         sizes = {view.lo.shape[x], view.pos.shape[x], 1 if view.dense is None else view.dense.shape[x]}
-        if not sizes <= {1, (b, heads)[x]} | ({kv_heads} if x else set()):
+        if not sizes <= {1, (b, heads)[x]}:
             raise ValueError(f"the mask has {max(sizes)} {name}, the call has {(b, heads)[x]}")
     return view, bias, 1 / math.sqrt(d) if scale is None else float(scale)
 
 
-def _check_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.ndim > 4:
-        raise TypeError("bias must be a floating tensor broadcastable to [B, H_q, N_q, N_k]")
-    bias = bias[(None,) * (4 - bias.ndim)]
-    if any(have not in (1, want) for have, want in zip(bias.shape, shape)):
-        raise ValueError(f"bias must broadcast to {list(shape)}, got {list(bias.shape)}")
-    return bias
+def _check_tensor(name: str, x: Tensor, axes: str) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor {axes}, got {given}")
+
+
+def _check_additive(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim > 4:
+        raise TypeError(f"{name} must be a floating tensor broadcastable to [B, H_q, N_q, N_k]")
+    x = x[(None,) * (4 - x.ndim)]
+    if any(have not in (1, want) for have, want in zip(x.shape, shape)):
+        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(x.shape)}")
+    return x

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tilewise.attention.scores import Centroid
 from tilewise.attention.selects import Own, TopK
-from tilewise.attention.stages import Recipe, Tiles
+from tilewise.attention.stages import AsGiven, Recipe, Skip, Tiles
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,14 @@ class MoBA(Recipe):
         self.tiles()
 
     def tiles(self) -> Tiles:
-        return Tiles(score=Centroid(), select=TopK(self.top_k), tile=(1, self.block), always=(Own(),))
+        return Tiles(
+            score=Centroid(),
+            select=TopK(self.top_k),
+            tile=(1, self.block),
+            order=AsGiven(),
+            always=(Own(),),
+            rest=Skip(),
+        )
 
 
 class KeyConvolution(nn.Module):

@@ -31,6 +31,11 @@ class SegmentSort:
     queries: bool = False
     looks = "prompt"
 
+    def __post_init__(self) -> None:
+        for name, value in (("segment", self.segment), ("probe", self.probe)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
     def permutations(
         self, q: Tensor, k: Tensor, view: Visibility, scale: float
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -40,7 +45,7 @@ class SegmentSort:
             return None, None
         last = torch.arange(max(n_q - self.probe, 0), n_q, device=q.device).view(1, 1, -1)
         seen = to_heads(view.permute(last, None).tokens(), heads)
-        logits = grouped(q[:, :, -self.probe :], k).float() * scale
+        logits = grouped(q[:, :, -self.probe :] * scale, k).float()  # scaled first: float16 overflows
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num_(0)
         importance = weights.mean(2).view(b, kv_heads, heads // kv_heads, n_k).mean(2)  # [b, h_kv, n_k]
         k_order = self._sort(importance)
@@ -48,14 +53,12 @@ class SegmentSort:
             return None, k_order
         best = importance.topk(min(self.probe, n_k), -1).indices  # [b, h_kv, probe]
         centre = k.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, k.shape[3])).mean(2, keepdim=True)
-        return self._sort(grouped(q, centre).float().squeeze(-1)), k_order
+        return self._sort(grouped(q * scale, centre).float().squeeze(-1)), k_order
 
     def _sort(self, importance: Tensor) -> Tensor:
         """Descending within whole segments; a last short segment stays as it is."""
         n = importance.shape[-1]
-        whole = n // self.segment * self.segment
-        parts = importance[..., :whole].unflatten(-1, (-1, self.segment))
-        order = parts.argsort(dim=-1, descending=True, stable=True)
-        starts = torch.arange(0, whole, self.segment, device=importance.device).unsqueeze(-1)
-        tail = torch.arange(whole, n, device=importance.device).expand(*importance.shape[:-1], -1)
-        return torch.cat([(order + starts).flatten(-2), tail], -1)
+        place = torch.arange(n, device=importance.device)
+        tail = place >= n // self.segment * self.segment
+        by_importance = importance.masked_fill(tail, 0).argsort(dim=-1, descending=True, stable=True)
+        return by_importance.gather(-1, (by_importance // self.segment).argsort(dim=-1, stable=True))

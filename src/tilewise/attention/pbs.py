@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tilewise.attention.orders import SegmentSort
 from tilewise.attention.scores import MeanPool
 from tilewise.attention.selects import First, Mass, Own
-from tilewise.attention.stages import Recipe, Tiles
+from tilewise.attention.stages import Recipe, Skip, Tiles
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class PBSAttention(Recipe):
     reads = "q, k, the last queries of the prompt"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tile, int) or self.tile < 1:
+            raise ValueError(f"tile must be an integer >= 1, got {self.tile!r}")
         if not isinstance(self.segment, int) or self.segment < 1 or self.segment % self.tile:
             raise ValueError(f"segment must be a multiple of the tile size {self.tile}, got {self.segment!r}")
         self.tiles()
@@ -48,5 +50,6 @@ class PBSAttention(Recipe):
             tile=(self.tile, self.tile),
             order=SegmentSort(self.segment, self.tile, self.queries),
             always=(Own(self.segment), First()),
+            rest=Skip(),
             compare_forced=False,
         )

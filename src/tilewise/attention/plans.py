@@ -37,7 +37,8 @@ class Pass:
 
     def cost(self) -> Tensor:
         """Scores computed, `[B|1, H|1]` float64."""
-        view = self.view.permute(self.q_order, self.k_order)
+        # The view of a pooled pass speaks of means, which are already in order.
+        view = self.view.permute(self.q_order, self.k_order if self.pool is None else None)
         return (whole(view) if self.tiles is None else self.tiles).cost(view)[0]
 
 
@@ -75,6 +76,25 @@ class Plan:
         visible scores that dense attention computes.
         """
         return float(self.density_by_head().mean())
+
+    def check(self, batch: int, heads: int, kv_heads: int, n_q: int, n_k: int) -> None:
+        """Raise ValueError unless the plan fits a call of these sizes."""
+        have = (self.view.q_pos.shape[2], self.view.k_pos.shape[2])
+        if have != (n_q, n_k):
+            raise ValueError(
+                f"the plan was made for {have[0]} queries and {have[1]} keys, the call has {n_q} and {n_k}:"
+                " plan again"
+            )
+        for p in self.passes:
+            keep = None if p.tiles is None else p.tiles.keep
+            for part, most in ((p.view.lo, heads), (p.q_order, heads), (keep, heads), (p.k_order, kv_heads)):
+                if part is None:
+                    continue
+                if part.shape[0] not in (1, batch) or part.shape[1] not in (1, most, kv_heads):
+                    raise ValueError(
+                        f"the plan was made for batch {part.shape[0]} and {part.shape[1]} heads, the call has"
+                        f" batch {batch} and {most} heads: plan again"
+                    )
 
     def kept(self, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
         """Whether these queries read these keys exactly: bool `[B|1, heads, len(q_tokens), len(k_tokens)]`.
@@ -152,7 +172,7 @@ def _call(p: Pass, q, k, v, bias, scale, softcap, need_lse) -> Call:
     ordered = [take(x, p.k_order) for x in (k, v)]
     seen = None if p.keep is None else take(p.keep, p.k_order)
     (keys, counts), (values, _) = (p.pool.mean(x, seen) for x in ordered)
-    weight = counts.clamp(min=1).to(torch.float32).log()  # one mean stands for `count` equal keys
+    weight = counts.clamp(min=1).to(keys.dtype).log()  # one mean stands for `count` equal keys
     heads = q.shape[1]
     bias = to_heads(weight, heads).unsqueeze(2)  # [b, h, 1, T]
     return Call(

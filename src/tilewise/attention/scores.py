@@ -73,12 +73,17 @@ class Antidiagonal:
     stride: int = 8
     looks = "tile"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.stride, int) or self.stride < 1:
+            raise ValueError(f"stride must be an integer >= 1, got {self.stride!r}")
+
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         for tiling in (layout.q_tiling, layout.k_tiling):
             if tiling.bounds is not None or tiling.size % self.stride:
                 raise ValueError(f"antidiagonal scores need tiles in multiples of stride {self.stride}")
         every = Tiling(self.stride)
-        q = every.split(layout.q, 0).flip(3).flatten(3)  # [b, h, groups, stride * d], last token first
+        scaled = layout.q * (layout.scale / self.stride)  # before the product, which float16 would overflow
+        q = every.split(scaled, 0).flip(3).flatten(3)  # [b, h, groups, stride * d], last token first
         k = every.split(_seen(layout, layout.k), 0).flatten(3)
         hidden = to_heads(layout.view.tiles(every, every), layout.heads) == NONE
         rows, columns = (
@@ -89,9 +94,12 @@ class Antidiagonal:
         b, heads, groups_q, _ = q.shape
         out = []
         step = max(1, AT_ONCE // max(1, b * heads * k.shape[2] * rows.size)) * rows.size
-        for start in range(0, groups_q, step):
+        if torch.compiler.is_compiling():  # a loop over lengths would compile again for each
+            step = groups_q
+        starts = [0] if torch.compiler.is_compiling() else range(0, groups_q, step)
+        for start in starts:
             some = slice(start, start + step)
-            logits = grouped(q[:, :, some], k).float() * (layout.scale / self.stride)
+            logits = grouped(q[:, :, some], k).float()
             logits.masked_fill_(hidden[:, :, some], -torch.inf)
             weights = logits.softmax(-1).nan_to_num_(0)  # rows that see nothing
             summed = columns.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3)  # [b, h, some, T_k]
@@ -117,7 +125,7 @@ class TrueMass:
         for start in range(0, n_q, step):
             some = torch.arange(start, min(start + step, n_q), device=layout.q.device).view(1, 1, -1)
             seen = to_heads(layout.view.permute(some, None).tokens(), heads)
-            logits = grouped(layout.q[:, :, start : start + step], layout.k).float() * layout.scale
+            logits = grouped(layout.q[:, :, start : start + step] * layout.scale, layout.k).float()
             weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num_(0)
             summed = layout.k_tiling.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3)
             out.append(layout.q_tiling.split(summed, 0).sum(3))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tilewise.attention.stages import Layout
-from tilewise.tiles.visibility import to_heads
+from tilewise.tiles.visibility import HIDDEN, to_heads
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class TopK:
     """The `k` best tiles of each row; forced tiles are among them."""
 
     k: int
+    by_rank = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 1:
@@ -63,6 +65,11 @@ class Own:
     """
 
     segment: int = 1
+    holds_own = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.segment, int) or self.segment < 1:
+            raise ValueError(f"segment must be an integer >= 1, got {self.segment!r}")
 
     def tiles(self, layout: Layout, visible: Tensor) -> Tensor:
         far = 2**61
@@ -71,14 +78,19 @@ class Own:
         k = torch.div(pos, self.segment, rounding_mode="floor")
         q_first = layout.q_tiling.split(q, far).amin(3)  # [b, h, T_q, 1]
         q_last = layout.q_tiling.split(q, -far).amax(3)
-        k_first = layout.k_tiling.split(k, far).amin(3).mT  # [b, h, 1, T_k]
+        k_first = layout.k_tiling.split(k.masked_fill(pos == HIDDEN, far), far).amin(3).mT  # [b, h, 1, T_k]
         k_last = layout.k_tiling.split(k, -far).amax(3).mT
         return (k_first <= q_last) & (q_first <= k_last)
 
 
 @dataclass(frozen=True)
 class First:
-    """Always: the first tile that a row can see, where attention sinks lie."""
+    """Always: the tile that holds the earliest position a row's tiles reach, where attention sinks lie."""
 
     def tiles(self, layout: Layout, visible: Tensor) -> Tensor:
-        return visible & (visible.cumsum(-1) == 1)
+        far = 2**61
+        pos = to_heads(layout.view.pos[..., :1], layout.heads)
+        k_first = layout.k_tiling.split(pos.masked_fill(pos == HIDDEN, far), far).amin(3).mT  # [b, h, 1, T_k]
+        reached = torch.where(visible, k_first, far)
+        earliest = pad(reached, (0, 1), value=far).amin(-1, keepdim=True)  # one more, as there may be no tile
+        return visible & (reached == earliest)

@@ -116,11 +116,22 @@ class Tiles(Method):
     rest: Rest = field(default_factory=Skip)
     compare_forced: bool = True
 
+    def __post_init__(self) -> None:
+        if len(self.tile) != 2 or not all(isinstance(size, int) and size >= 1 for size in self.tile):
+            raise ValueError(f"tile must be two integers >= 1, (queries, keys), got {self.tile!r}")
+
     @property
     def lookahead(self) -> str:
         """The farthest look of its stages; a query routed alone looks at no other."""
-        score = "none" if self.tile[0] == 1 and self.score.looks == "tile" else self.score.looks
+        score = self.score.looks
+        if score == "tile" and self.tile[0] == 1 and self._own_apart():
+            score = "none"
         return max(self.order.looks, score, key=LOOKAHEADS.index)
+
+    def _own_apart(self) -> bool:
+        """Whether a tile that holds later keys, the query's own, has no say in the choice of others."""
+        own = any(getattr(stage, "holds_own", False) for stage in self.always)
+        return own and (not self.compare_forced or getattr(self.select, "by_rank", False))
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         q_order, k_order = self.order.permutations(q, k, view, scale)

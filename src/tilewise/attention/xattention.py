@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tilewise.attention.scores import Antidiagonal
 from tilewise.attention.selects import First, Mass, Own
-from tilewise.attention.stages import Recipe, Tiles
+from tilewise.attention.stages import AsGiven, Recipe, Skip, Tiles
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class XAttention(Recipe):
     reads = "q, k"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tile, int) or self.tile < 1:
+            raise ValueError(f"tile must be an integer >= 1, got {self.tile!r}")
         if not isinstance(self.stride, int) or self.stride < 1 or self.tile % self.stride:
             raise ValueError(f"stride must divide the tile size {self.tile}, got {self.stride!r}")
         self.tiles()
@@ -44,5 +46,7 @@ class XAttention(Recipe):
             score=Antidiagonal(self.stride),
             select=Mass(self.threshold),
             tile=(self.tile, self.tile),
+            order=AsGiven(),
             always=(First(), Own()),
+            rest=Skip(),
         )

@@ -42,6 +42,8 @@ class TileMap:
 
         Raises TypeError when `mask` is not such a tensor, ValueError for tile sizes below 1.
         """
+        if len(tile) != 2:
+            raise ValueError(f"tile must be (queries, keys), got {tile!r}")
         return cls(mask, Tiling(tile[0]), Tiling(tile[1]))
 
     @classmethod
@@ -53,10 +55,10 @@ class TileMap:
         count = made.q_tiling.count(n_q), made.k_tiling.count(n_k)
         return replace(made, keep=made.keep.expand(1, 1, *count))
 
-    def check(self, batch: int, heads: int, n_q: int, n_k: int) -> None:
+    def check(self, batch: int, heads: int, n_q: int, n_k: int, kv_heads: int | None = None) -> None:
         """Raise ValueError unless the map fits these sizes."""
-        self.q_tiling.check(n_q, "query")
-        self.k_tiling.check(n_k, "key")
+        self.q_tiling.check(n_q, "query", batch, heads)
+        self.k_tiling.check(n_k, "key", batch, heads if kv_heads is None else kv_heads)
         want = (batch, heads, self.q_tiling.count(n_q), self.k_tiling.count(n_k))
         for axis, (have, need) in enumerate(zip(self.keep.shape, want)):
             if have != need and not (axis < 2 and have == 1):

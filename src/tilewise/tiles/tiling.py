@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """Metadata `[b, h, ...]` of kv heads repeated to `heads` query heads; h of 1 or `heads` stays as it is."""
+    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Tiling:
     """Consecutive tiles of a sequence: all `size` tokens long (the last may be shorter), or given by `bounds`.
@@ -45,8 +50,14 @@ class Tiling:
         """How many tiles a sequence of `n` tokens has."""
         return -(-n // self.size) if self.bounds is None else self.bounds.shape[-1] - 1
 
-    def check(self, n: int, axis: str) -> None:
-        """Raise ValueError unless this tiling covers exactly `n` tokens."""
+    def check(self, n: int, axis: str, batch: int, heads: int) -> None:
+        """Raise ValueError unless this tiling covers exactly `n` tokens of so many batch entries and heads."""
+        if self.bounds is not None:
+            b, h = self.bounds.shape[:2]
+            if b not in (1, batch) or h not in (1, heads):
+                raise ValueError(
+                    f"{axis} tiling has batch {b} and {h} heads, the call has {batch} and {heads}"
+                )
         if self.bounds is not None and bool((self.bounds[..., -1] != n).any()):
             ends = self.bounds[..., -1].unique().tolist()
             raise ValueError(f"{axis} tiling ends at {ends}, but the sequence has {n} tokens")
@@ -69,15 +80,19 @@ class Tiling:
         tiles = self.count(n)
         if self.bounds is None:
             missing = tiles * self.size - n
-            if missing:
+            if torch.compiler.is_compiling() or missing:  # a branch on lengths would compile again for each
                 x = pad(x, (0, 0) * (x.ndim - 3) + (0, missing), value=fill)
             return x.unflatten(2, (tiles, self.size))
         bounds = self.bounds.to(x.device)
+        if not n:
+            heads = max(x.shape[1], bounds.shape[1])
+            return x.new_full((max(x.shape[0], bounds.shape[0]), heads, tiles, self.size, *x.shape[3:]), fill)
         slots = bounds[..., :-1, None] + torch.arange(self.size, device=x.device)  # [b, h, T, size]
         beyond = slots >= bounds[..., 1:, None]
         b, h = max(x.shape[0], slots.shape[0]), max(x.shape[1], slots.shape[1])
+        x, slots, beyond = (to_heads(y, h) for y in (x, slots, beyond))
         x = x.expand(b, h, *x.shape[2:])
-        slots = slots.clamp(max=max(n - 1, 0)).expand(b, h, -1, -1)
+        slots = slots.clamp(max=n - 1).expand(b, h, -1, -1)
         index = slots.reshape(b, h, -1, *[1] * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:])
         out = x.gather(2, index).unflatten(2, (tiles, self.size))
         beyond = beyond.reshape(*beyond.shape, *[1] * (x.ndim - 3))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tilewise.tiles.tiling import Tiling
+from tilewise.tiles.tiling import Tiling, to_heads
 
 NONE, PARTIAL, FULL = 0, 1, 2  # how much of a tile may be seen
 FAR = 2**61  # beyond every position
@@ -74,13 +74,22 @@ class Visibility:
 
     def tokens(self) -> Tensor:
         """The whole grid, bool `[B|1, H|1, N_q, N_k]`. For definitions and tests: it is N_q x N_k."""
-        pos = to_heads(self.pos, max(self.lo.shape[1], self.pos.shape[1])).unsqueeze(2)
-        seen = ((self.lo.unsqueeze(3) <= pos) & (pos <= self.hi.unsqueeze(3))).all(-1)
-        return seen if self.dense is None else seen & self.dense
+        heads = max(x.shape[1] for x in (self.lo, self.pos, self.dense) if x is not None)
+        pos = to_heads(self.pos, heads).unsqueeze(2)
+        lo, hi = (to_heads(x, heads).unsqueeze(3) for x in (self.lo, self.hi))
+        seen = ((lo <= pos) & (pos <= hi)).all(-1)
+        return seen if self.dense is None else seen & to_heads(self.dense, heads)
 
     def keys_seen(self) -> Tensor:
         """Bool `[B|1, H|1, N_k]`: keys that padding does not hide from everybody."""
         return self.k_pos != HIDDEN
+
+    def same(self, other: Visibility) -> bool:
+        """Whether both are made of the same numbers; while compiling, which cannot look at them, True."""
+        pairs = [(self.lo, other.lo), (self.hi, other.hi), (self.pos, other.pos), (self.dense, other.dense)]
+        if torch.compiler.is_compiling():
+            return True
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def permute(self, q_order: Tensor | None, k_order: Tensor | None) -> Visibility:
         """The same visibility with tokens re-ordered: `q_order [B|1, H|1, N_q]`, `k_order [B|1, H|1, N_k]`."""
@@ -106,31 +115,32 @@ class Visibility:
 
         NONE and FULL are certain; PARTIAL may be said of a tile that is in fact wholly seen or unseen.
         """
-        lo_min, lo_max = _extent(self.lo, q_tiling)
-        hi_min, hi_max = _extent(self.hi, q_tiling)
-        positions = to_heads(self.pos, max(self.lo.shape[1], self.pos.shape[1]))
-        hidden = positions == HIDDEN
-        pos_min = k_tiling.split(positions.masked_fill(hidden, FAR), FAR).amin(3)
-        pos_max = k_tiling.split(positions, HIDDEN).amax(3)
-        some_hidden = k_tiling.split(hidden[..., 0], False).any(-1)  # [b, h, T_k]
+        hidden = self.pos == HIDDEN
+        parts = [
+            *_extent(self.lo, q_tiling),
+            *_extent(self.hi, q_tiling),
+            k_tiling.split(self.pos.masked_fill(hidden, FAR), FAR).amin(3),
+            k_tiling.split(self.pos, HIDDEN).amax(3),
+            k_tiling.split(hidden[..., 0], False).any(-1),
+        ]
+        if self.dense is not None:
+            parts.append(_tile_grid(self.dense, q_tiling, k_tiling, False).any(-1))
+            parts.append(_tile_grid(self.dense, q_tiling, k_tiling, True).all(-1))
+        heads = max(x.shape[1] for x in parts)
+        lo_min, lo_max, hi_min, hi_max, pos_min, pos_max, some_hidden, *grids = (
+            to_heads(x, heads) for x in parts
+        )
 
-        none = torch.zeros((), dtype=torch.bool, device=pos_min.device)
+        none = torch.zeros((), dtype=torch.bool, device=self.pos.device)
         full = ~none
         for axis in range(self.lo.shape[-1]):
             first, last = pos_min[..., axis].unsqueeze(2), pos_max[..., axis].unsqueeze(2)
             none = none | (hi_max[..., axis].unsqueeze(3) < first) | (lo_min[..., axis].unsqueeze(3) > last)
             full = full & (lo_max[..., axis].unsqueeze(3) <= first) & (last <= hi_min[..., axis].unsqueeze(3))
         full = full & ~some_hidden.unsqueeze(2)
-        if self.dense is not None:
-            grid = _tile_grid(self.dense, q_tiling, k_tiling, False)
-            none = none | ~grid.any(-1)
-            full = full & _tile_grid(self.dense, q_tiling, k_tiling, True).all(-1)
+        if grids:
+            none, full = none | ~grids[0], full & grids[1]
         return torch.where(none, NONE, torch.where(full, FULL, PARTIAL)).to(torch.int8)
-
-
-def to_heads(x: Tensor, heads: int) -> Tensor:
-    """Metadata `[b, h, ...]` of kv heads repeated to `heads` query heads; h of 1 or `heads` stays as it is."""
-    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def take(x: Tensor, order: Tensor | None) -> Tensor:
@@ -169,4 +179,4 @@ def _tile_grid(dense: Tensor, q_tiling: Tiling, k_tiling: Tiling, fill: bool) ->
     columns = rows.permute(0, 1, 4, 2, 3).reshape(b, h, n_k, t_q * s_q)
     grid = k_tiling.split(columns, fill)  # [b, h, T_k, s_k, t_q * s_q]
     grid = grid.unflatten(4, (t_q, s_q)).permute(0, 1, 4, 2, 5, 3)
-    return grid.reshape(*grid.shape[:4], -1)
+    return grid.flatten(4)

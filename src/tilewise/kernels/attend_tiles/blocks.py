@@ -29,7 +29,8 @@ class Block:
     """`units [r, u]` against `tiles [r, c]`; the first `partial` tile columns may hide tokens.
 
     Padding: unit number `Prepared.units` and tile number -1, which occurs only from column `whole` on. `slots
-    [r, u]` says where a column block's partial results go.
+    [r, u]` says where a column block's partial results go. `rows` are the rows of the units that are meant, when
+    units are taken one by one.
     """
 
     units: Tensor
@@ -37,11 +38,22 @@ class Block:
     partial: int
     whole: int
     slots: Tensor | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    def split_rows(self, p: Prepared) -> Iterator[Block]:
+        """This block of one unit each in pieces of fewer rows, where even one of its tiles is too large."""
+        most = max(1, SCORES // (len(self.units) * p.width))
+        if most >= p.height:
+            yield self
+            return
+        for start in range(0, p.height, most):
+            yield replace(self, rows=slice(start, min(start + most, p.height)))
 
     def split(self, p: Prepared) -> Iterator[Block]:
         """This block in pieces of at most SCORES scores, cut between tile columns."""
         r, u = self.units.shape
-        columns = max(1, SCORES // (r * u * p.height * p.width))
+        height = len(range(p.height)[self.rows])
+        columns = max(1, SCORES // (r * u * height * p.width))
         total = self.tiles.shape[1]
         if total <= columns:
             yield self
@@ -168,7 +180,7 @@ class Prepared:
     def scores(self, block: Block, slope: bool = False) -> Scored:
         """The block's scores, hidden ones -inf. What it returns lies in scratch memory until the next call."""
         call = self.call
-        queries = self.pick("q", self.q, block.units)
+        queries = self.pick("q", self.q, block.units)[:, block.rows]
         keys = self.pick("k", self.k, block.key_tiles(self))
         r, m, w = len(queries), queries.shape[1], keys.shape[1]
         scores = torch.bmm(queries, keys.mT, out=self.scratch("scores", r, m, w))
@@ -194,7 +206,7 @@ class Prepared:
         tiles = block.tiles[:, : block.partial].clamp(min=0)
         rows = self.view_base[block.units]
         pos = self.pos[self.pos_base[block.units[:, :1]] + tiles].view(r, 1, -1, self.pos.shape[2])
-        lo, hi = (x[rows].view(r, -1, 1, x.shape[2]) for x in (self.lo, self.hi))
+        lo, hi = (x[rows][:, :, block.rows].reshape(r, -1, 1, x.shape[2]) for x in (self.lo, self.hi))
         seen = (lo <= pos) & (pos <= hi)
         seen = seen[..., 0] if seen.shape[3] == 1 else seen.all(-1)
         if self.call.view.dense is not None:
@@ -223,7 +235,7 @@ class Prepared:
         ]
         r = len(units)
         start = (row // heads) * stride[0] + (row % heads) * stride[1]  # [r, u]
-        queries = (start.unsqueeze(-1) + q_token * stride[2]).view(r, -1, 1)
+        queries = (start.unsqueeze(-1) + q_token[:, :, block.rows] * stride[2]).view(r, -1, 1)
         return queries + (k_token * stride[3]).view(r, 1, -1)
 
     def cut_queries(self, x: Tensor) -> Tensor:

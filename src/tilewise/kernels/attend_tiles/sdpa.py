@@ -20,6 +20,10 @@ def refuse(call: Call) -> str | None:
         return "has no soft-capping"
     if call.need_lse:
         return "returns no log-sum-exp"
+    if call.v.shape[3] != call.q.shape[3]:
+        return "would build the N x N scores, as values have another head_dim than keys"
+    if any(x.stride(3) != 1 for x in (call.q, call.k, call.v)):
+        return "would build the N x N scores, as features do not lie side by side in memory"
     if call.q.numel() == 0 or call.k.numel() == 0:
         return "an empty sequence"
     return None

@@ -42,9 +42,9 @@ def forward(call: Call) -> Partial:
 
 
 def _attend_rows(p: Prepared, block: Block) -> Partial:
-    """One batch of rows, streamed in pieces when a row is too long for one block."""
-    parts = [_softmax(p, piece) for piece in block.split(p)]
-    return parts[0] if len(parts) == 1 else merge([Partial(out, lse) for out, lse in parts])
+    """One batch of units, streamed in pieces when a row of tiles, or one tile, is too large for one block."""
+    rows = [merge([_softmax(p, piece) for piece in some.split(p)]) for some in block.split_rows(p)]
+    return rows[0] if len(rows) == 1 else Partial(*(torch.cat(x, 1) for x in zip(*rows)))
 
 
 def _softmax(p: Prepared, block: Block) -> Partial:
@@ -95,9 +95,10 @@ def backward(
     grads = _Gradients(p, p.cut_queries(d_out), p.cut_rows(delta, 0), p.cut_rows(lse, torch.inf))
     if p.by_rows:
         for block in row_blocks(p):
-            for piece in block.split(p):
-                d_q = grads.add(piece)
-                grads.d_q.index_add_(0, piece.units[:, 0], d_q)
+            for rows in block.split_rows(p):
+                for piece in rows.split(p):
+                    d_q = grads.add(piece)
+                    grads.d_q[:, rows.rows].index_add_(0, piece.units[:, 0], d_q)
     else:
         for first, last, width, blocks in column_blocks(p):
             parts = p.q.new_zeros((last - first) * width + 1, *p.q.shape[1:])
@@ -123,9 +124,10 @@ class _Gradients:
         p = self.p
         queries, keys, values, scores, slope = p.scores(block, slope=True)
         r, m, _ = scores.shape
-        weights = scores.sub_(self.lse[block.units].view(r, m, 1)).exp_()
-        d_out = self.d_out[block.units].view(r, m, -1)
-        d_scores = torch.bmm(d_out, values.mT).sub_(self.delta[block.units].view(r, m, 1)).mul_(weights)
+        lse, d_out, delta = (x[block.units][:, :, block.rows] for x in (self.lse, self.d_out, self.delta))
+        weights = scores.sub_(lse.reshape(r, m, 1)).exp_()
+        d_out = d_out.reshape(r, m, -1)
+        d_scores = torch.bmm(d_out, values.mT).sub_(delta.reshape(r, m, 1)).mul_(weights)
         tiles = block.key_tiles(p).flatten()
         self.d_v.index_add_(0, tiles, torch.bmm(weights.mT, d_out).view(-1, *p.v.shape[1:]))
         if self.d_bias is not None:
