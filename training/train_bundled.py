@@ -65,7 +65,7 @@ _FIRST = {"recall": 0.67, "text": 0.33}
 _THEN = {"recall": 0.40, "passkey": 0.15, "copying": 0.10, "text": 0.35}
 _LONG = {"recall": 0.42, "passkey": 0.35, "copying": 0.05, "text": 0.18}
 _LAST = {"recall": 0.08, "passkey": 0.04, "copying": 0.03, "text": 0.85}
-_LENGTHS = {8192: 0.12, 4096: 0.18, 1024: 0.5, 512: 0.2}
+_LENGTHS = {8192: 0.2, 4096: 0.15, 1024: 0.45, 512: 0.2}
 STAGES = (
     Stage(64, 0.95, 12, _FIRST, {64: 1.0}, 4096, 0.3),
     Stage(128, 0.95, 5, _FIRST, {128: 0.8, 64: 0.2}, 4096, 0.3),

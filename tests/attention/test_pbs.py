@@ -84,6 +84,7 @@ def test_recipe_reads_more_mass_than_unpermuted_at_equal_density():
             assert with_sort < 0.8 * min(at_least[:1]), (density, with_sort, others)
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize("queries", [False, True])
 @pytest.mark.parametrize("n", [700, 1024])
 def test_full_density_is_exact_after_unpermuting(queries, n):

@@ -65,6 +65,7 @@ def _best(q, k, per_row: int) -> float:
     return float((mass * chosen).sum() / mass.sum())
 
 
+@pytest.mark.evidence
 def test_score_is_the_antidiagonal_sum():
     """Against sums written out, token by token, for every pair of groups."""
     q, k = (torch.randn(1, 1, 24, 8) for _ in range(2))
@@ -87,6 +88,7 @@ def test_stride_one_is_the_true_mass():
     torch.testing.assert_close(Antidiagonal(1).score(layout, visible), mass)
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 0.99])
 def test_mass_rule_keeps_the_fewest_tiles_that_suffice(threshold):
     scores = torch.rand(2, 3, 8, 16)

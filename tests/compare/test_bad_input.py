@@ -89,7 +89,7 @@ def test_the_control_runs(model, reports, capfd):
         ("--methods", "moba,xatention", "unknown attention method 'xatention'; did you mean xattention?"),
         ("--methods", "qqq", "'qqq'; known methods: dense, moba, pbs, sink-window, xattention"),
         ("--methods", "moba:blok=3", "its settings are block, top_k, got 'blok=3'"),
-        ("--methods", "xattention:tile=0", "tile size must be an integer >= 1, got 0"),
+        ("--methods", "xattention:tile=0", "tile must be an integer >= 1, got 0"),
         ("--tokens", "1025", "tokens is 1025, but the model's context is 1024"),
         ("--tokens", "1", "tokens must be at least 2, got 1"),
         ("--tokens", "-5", "tokens must be at least 2, got -5"),

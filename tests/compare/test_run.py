@@ -522,7 +522,7 @@ def test_parse_method():
         ("moba:block=many", "block must be an integer >= 1, got 'many'"),
         ("moba:block=__import__('os')", "block must be an integer >= 1, got"),
         ("xattention:threshold=2", r"threshold must be in \(0, 1\], got 2"),
-        ("xattention:tile=0", "method 'xattention:tile=0': tile size must be an integer >= 1, got 0"),
+        ("xattention:tile=0", "method 'xattention:tile=0': tile must be an integer >= 1, got 0"),
         ("pbs:tile=0", "method 'pbs:tile=0': "),
         ("", "unknown attention method ''"),
     ],
