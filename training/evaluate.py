@@ -158,13 +158,14 @@ def tables(results: dict) -> str:
         return f"{100 * entry['accuracy']:.1f}"
 
     def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-        line = ["---", *["---:"] * (len(head) - 1)]
+        line = ["---" if name in ("source", "licence") else "---:" for name in head]
         return ["", *(f"| {' | '.join(row)} |" for row in (head, line, *rows)), ""]
 
     lines = [
-        f"Trained for {training['steps']:,} steps ({training['bytes'] / 1e6:.0f} million bytes, "
-        f"{training['minutes']:.0f} minutes) on {training['device']}; {results['parameters']:,} parameters, "
-        f"measured in float32 on the weights as bundled (bfloat16).",
+        f"{results['parameters']:,} parameters, trained for {training['steps']:,} steps: "
+        f"{training['bytes'] / 1e6:.1f} million bytes,",
+        f"{training['minutes']:.0f} minutes on {training['device']}. Measured in float32 "
+        "on the weights as bundled.",
         "",
         "### Text",
     ]
@@ -193,16 +194,16 @@ def tables(results: dict) -> str:
             )
         ],
     )
-    lines += ["### Dictionary recall and copying, % right"]
+    lines += ["### Dictionary recall, % right, and copying"]
     lines += table(
-        ("length", "recall, far answers", "95 % interval", "answers", "copying a block"),
+        ("length", "recall, far answers", "95 % interval", "answers", "blocks copied"),
         [
             (
                 f"{int(length):,}",
                 percent(entry),
                 f"{100 * entry['low']:.1f} to {100 * entry['high']:.1f}",
                 f"{entry['n']:,}",
-                f"{percent(copies[length])} of {copies[length]['n']}" if length in copies else "",
+                f"{copies[length]['right']} of {copies[length]['n']}" if length in copies else "",
             )
             for length, entry in recalls.items()
         ],
