@@ -18,7 +18,7 @@ from tilewise.machine import cpu_name
 from tilewise.models import load_model
 
 LONGEST = 8192  # tokens used when the caller does not say and the model's context is longer
-PREVIEW = 600  # characters of the text shown on the page
+PREVIEW = 240  # characters of the text shown on the page
 
 
 @dataclass(frozen=True, eq=False)
