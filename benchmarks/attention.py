@@ -72,7 +72,7 @@ def _block_mask(tile_map: TileMap, n: int) -> BlockMask:
     count = keep.sum(-1, dtype=torch.int32)
     order = keep.int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(
-        torch.zeros_like(count), order, count, order, BLOCK_SIZE=TILE, seq_lengths=(n, n)
+        torch.zeros_like(count), torch.zeros_like(order), count, order, BLOCK_SIZE=TILE, seq_lengths=(n, n)
     )
 
 

@@ -1,7 +1,8 @@
 """Writes the generated tables into README.md and docs/*.md, between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 
 `papers` comes from the register, `compare` from docs/results/compare.json, a copy of what `make compare` wrote, and
-`compare-eighth` from a run in which every method was set to read about an eighth of the tiles. With --check nothing
+`compare-eighth` from a run in which every method was set to read about an eighth of the tiles, `bench-attention` from
+benchmarks/results/attention.json. With --check nothing
 is written: exit code 1 names the pages that are out of date.
 """
 
@@ -63,6 +64,20 @@ def compare_table(path: Path = ROOT / "docs/results/compare.json") -> str:
     return f"{table}\n\n{what}, on {where}, {run['created'][:10]}.\n{run['advice']}"
 
 
+def bench_table(path: Path) -> str:
+    """A recorded benchmark, with the machine it belongs to."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    body = []
+    for row in run["rows"]:
+        ratio = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+        rate = "–" if row["gflops"] is None else f"{row['gflops']:.0f}"
+        body.append([row["setting"], row["provider"], f"{row['ms']:.1f}", ratio, rate])
+    table = rows(["work", "by", "ms", "against the first", "GFLOP/s"], body)
+    machine = run["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    return f"{table}\n\nMedians of paired rounds (20th to 80th percentile) on {where}, {run['created'][:10]}."
+
+
 def _compare_row(method: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     def show(key: str, form: str) -> str:
         return "–" if method.get(key) is None else form.format(method[key])
@@ -93,7 +108,13 @@ def fill(page: str, tables: dict[str, str]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Fill or check all pages."""
     eighth = compare_table(ROOT / "docs/results/compare-eighth.json")
-    tables = {"papers": papers_table(), "compare": compare_table(), "compare-eighth": eighth}
+    bench = bench_table(ROOT / "benchmarks/results/attention.json")
+    tables = {
+        "papers": papers_table(),
+        "compare": compare_table(),
+        "compare-eighth": eighth,
+        "bench-attention": bench,
+    }
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         page = path.read_text(encoding="utf-8")

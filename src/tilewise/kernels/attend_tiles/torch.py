@@ -28,6 +28,7 @@ def run(call: Call) -> Partial:
 
 
 def forward(call: Call) -> Partial:
+    """The operator's forward on this engine."""
     p = Prepared.of(call)
     out = p.q.new_empty(p.units, p.height, p.v.shape[2])
     lse = p.q.new_full((p.units, p.height), -torch.inf)
@@ -88,6 +89,7 @@ def _attend_columns(
 def backward(
     call: Call, result: Partial, d_out: Tensor, d_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and, where there is one, the bias."""
     p = Prepared.of(call)
     d_out = d_out.to(p.q.dtype)
     delta = (d_out * result.out).sum(-1) - d_lse  # [b, h, n]
