@@ -1,9 +1,8 @@
 """Writes the generated tables into README.md and docs/*.md, between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 
-`papers` comes from the register, `compare` from docs/results/compare.json, a copy of what `make compare` wrote, and
-`compare-eighth` from a run in which every method was set to read about an eighth of the tiles, `bench-attention` from
-benchmarks/results/attention.json. With --check nothing
-is written: exit code 1 names the pages that are out of date.
+`papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
+`compare-eighth` from a run with every method set to read about an eighth of the tiles; `bench-attention` from
+benchmarks/results. With --check nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
