@@ -55,11 +55,13 @@ def settings(n: int, flex: bool) -> list[harness.Row]:
             contenders["flex, compiled"] = lambda f=compiled, m=block_mask: f(q, k, v, block_mask=m)
         rows += harness.race(f"given tiles {share:.1%}, no mask, N={n}", contenders, work)
     rows += harness.race(
-        f"methods with their defaults, causal, N={n}",
+        f"choosing and attending, causal, random q and k, N={n}",
         {
             "dense (sdpa)": lambda: tilewise.attend(q, k, v, mask="causal"),
-            "moba": lambda: tilewise.attend(q, k, v, MoBA(), mask="causal"),
-            "xattention": lambda: tilewise.attend(q, k, v, XAttention(threshold=0.5), mask="causal"),
+            "moba, 8 of 128": lambda: tilewise.attend(q, k, v, MoBA(), mask="causal"),
+            "xattention, mass 0.5": lambda: tilewise.attend(
+                q, k, v, XAttention(threshold=0.5), mask="causal"
+            ),
         },
         {},
     )

@@ -327,3 +327,13 @@ def test_attention_dropout_is_refused():
         pytest.raises(ValueError, match="attention dropout is not supported"),
     ):
         model(_tokens(8))
+
+
+def test_events_name_the_engine_that_ran():
+    """Soft-capping is beyond PyTorch's kernel, so a dense layer that has it runs elsewhere, and says so."""
+    tokens = _tokens(60, batch=1)
+    for name, engine in (("llama", "sdpa"), ("gemma2", "torch")):
+        seen, model = [], tiny.make(name)
+        with tilewise.patch(model, "dense", check=False, observer=seen.append):
+            _logits(model, tokens)
+        assert [event.engines for event in seen] == [(engine,)] * 3

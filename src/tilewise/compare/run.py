@@ -76,8 +76,7 @@ class Observed:
         self.choose_ms += 1000 * (event.plan.seconds or 0.0)
         self.attention_ms += 1000 * event.seconds
         self.densities.append(event.plan.density)
-        choices = event.plan.explain(event.q, event.k, event.v, scale=event.scale or 1.0)
-        self.engines |= {choice.engine for choice in choices}
+        self.engines |= set(event.engines)
 
 
 @dataclass

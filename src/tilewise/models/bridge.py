@@ -21,12 +21,14 @@ class Event:
 
     Attributes:
         layer: index of the layer. method: what decided. plan: what it decided, with the seconds it took.
-        seconds: time spent attending, choosing excluded. q, k, v: the call's tensors; mask, scale: its terms.
+        engines: what ran, one name per pass. seconds: time spent attending, choosing excluded.
+        q, k, v: the call's tensors; mask, scale: its terms.
     """
 
     layer: int
     method: Method
     plan: Plan
+    engines: tuple[str, ...]
     seconds: float
     q: Tensor
     k: Tensor
@@ -104,7 +106,9 @@ class Bridge:
             out = out.out
         if self.observer and given is not None:
             seconds = _clock(query) - start
-            self.observer(Event(layer, method, given, seconds, query, key, value, mask, scaling))
+            terms = {"bias": bias, "scale": scaling or 1.0, "softcap": softcap}
+            ran = tuple(choice.engine for choice in given.explain(query, key, value, self.engine, **terms))
+            self.observer(Event(layer, method, given, ran, seconds, query, key, value, mask, scaling))
         return out.transpose(1, 2).contiguous(), None
 
 

@@ -63,6 +63,7 @@ def attend_tiles(
     q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, scale: float, softcap: float,
     engine: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`tilewise::attend_tiles`: out and lse of the packed call on the named engine."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
                   bias, scale, softcap)  # fmt: skip
     out, lse = IMPLEMENTATIONS[engine].forward(call)
@@ -83,6 +84,7 @@ def attend_tiles_backward(
     q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, scale: float, softcap: float,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and bias of the packed call; that of the bias is empty where there is none."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
                   bias, scale, softcap)  # fmt: skip
     d_q, d_k, d_v, d_bias = IMPLEMENTATIONS[engine].backward(call, Partial(out, lse), d_out, d_lse)
