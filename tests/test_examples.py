@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
-    "attend.py": ["XAttention(stride=8", "100%", "runs on torch", "not definition"],
+    "attend.py": ["XAttention(stride=8", "100%", "runs on native", "not definition"],
     "compose_a_method.py": ["oracle", "rest pooled", "prompt"],
     "patch_model.py": ["of the tiles", "bit for bit as before: True"],
 }

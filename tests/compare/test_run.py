@@ -208,7 +208,7 @@ def test_choosing_and_attending_are_summed_over_layers(model):
     assert len(events) == 3
     assert seen.choose_ms == pytest.approx(1000 * sum(event.plan.seconds for event in events))
     assert seen.attention_ms == pytest.approx(1000 * sum(event.seconds for event in events))
-    assert (seen.engines, len(seen.densities)) == ({"torch"}, 3)
+    assert (seen.engines, len(seen.densities)) == ({"native"}, 3)
 
 
 def test_equal_seeds_give_equal_figures(model):

@@ -33,6 +33,8 @@ from tilewise.kernels import EngineRefused
 from tilewise.kernels.attend_tiles import ENGINES as ENGINE_TABLE
 
 ENGINES = list(ENGINE_TABLE)
+# The widest format of each engine that stops short of float64; tests give it their float64 inputs rounded to it.
+WIDEST = {"native": torch.float32}
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 # Small settings, so that short sequences have many tiles. A method added by name needs an entry in both tables.
@@ -90,6 +92,11 @@ def qkv(
     kv_heads, n_k, d_v = kv_heads or heads, n_q if n_k is None else n_k, d_v or d
     shapes = ((b, heads, n_q, d), (b, kv_heads, n_k, d), (b, kv_heads, n_k, d_v))
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)  # type: ignore[return-value]
+
+
+def widest(engine: str) -> torch.dtype:
+    """The widest format that an engine computes in."""
+    return WIDEST.get(engine, torch.float64)
 
 
 def repeat(x: Tensor, heads: int) -> Tensor:
@@ -175,14 +182,16 @@ class Exact(Result):
     rounding: dict[str, Tensor] | None = None
 
     def check(
-        self, got: Result | dict[str, Tensor], dtype: torch.dtype = torch.float64, slack: int = 4
+        self, got: Result | dict[str, Tensor], dtype: torch.dtype | None = None, slack: int = 4
     ) -> None:
-        """Raise unless every field of `got` is this answer to rounding in `dtype`.
+        """Raise unless every field of `got` is this answer to rounding in `dtype`, by default that of `got.out`.
 
-        `slack` covers what the count of operations leaves out: this answer rounds as well, and results of
-        several passes are weighed and added.
+        `slack` covers what the count of operations leaves out: this answer and the inputs round as well, and
+        results of several passes are weighed and added.
         """
         have = got if isinstance(got, dict) else {f.name: getattr(got, f.name) for f in fields(Result)}
+        if dtype is None:
+            dtype = torch.float64 if have.get("out") is None else have["out"].dtype
         for name, value in have.items():
             if value is None or name == "lse":
                 continue
@@ -245,18 +254,29 @@ def exact(q, k, v, seen: Tensor, d_out: Tensor | None = None, bias: Tensor | Non
 def run_or_refuse(engine: str, q, k, v, method, **options) -> Callable[..., Tensor] | None:
     """`attend` on a named engine as a function of (q, k, v, bias); None where the engine refuses.
 
-    A refusal is checked too: the call then raises it, and says why.
+    A refusal is checked too: the call then raises it, and says why. An engine that stops short of float64 gets
+    float64 inputs rounded to its widest format.
     """
+
+    def fit(x):
+        narrow = isinstance(x, Tensor) and x.dtype == torch.float64 and engine in WIDEST
+        return x.to(WIDEST[engine]) if narrow else x
+
+    first, options = [fit(x) for x in (q, k, v)], {name: fit(x) for name, x in options.items()}
     try:
-        tilewise.explain(q, k, v, method, engine=engine, **options)
+        tilewise.explain(*first, method, engine=engine, **options)
     except EngineRefused as refusal:
         with pytest.raises(EngineRefused, match=f"engine '{engine}' cannot run this call: ..."):
-            tilewise.attend(q, k, v, method, engine=engine, **options)
+            tilewise.attend(*first, method, engine=engine, **options)
         if engine != "sdpa":
             raise AssertionError(f"{engine} should run everything") from refusal
         return None
     options.pop("bias", None)
-    return lambda q, k, v, bias: tilewise.attend(q, k, v, method, bias=bias, engine=engine, **options)
+
+    def run(q, k, v, bias):
+        return tilewise.attend(fit(q), fit(k), fit(v), method, bias=fit(bias), engine=engine, **options)
+
+    return run
 
 
 def error(got: Tensor, want: Tensor) -> float:

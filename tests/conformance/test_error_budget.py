@@ -92,12 +92,12 @@ def test_the_rounding_bound_notices_zeros_shifts_wrong_masks_and_one_wrong_eleme
     seen = torch.ones(150, 150, dtype=torch.bool).tril()
     want = exact(q, k, v, seen)
     good = getattr(want, name)
-    want.check({name: good})
+    want.check({name: good}, torch.float64)
     leaking = getattr(exact(q, k, v, seen | seen.roll(1, -1)), name)
     one_wrong = good.clone()
     one_wrong[1, 1, 77, 3] += 1e-9 * good.abs().max()
     for bad in (torch.zeros_like(good), good.roll(1, 2), leaking, good * torch.nan, one_wrong, good.float()):
         with pytest.raises(AssertionError, match=f"{name}: .* wrong"):
-            want.check({name: bad})
+            want.check({name: bad}, torch.float64)
     with pytest.raises(AssertionError, match=f"{name}: shape"):
-        want.check({name: good[:, :, 1:]})
+        want.check({name: good[:, :, 1:]}, torch.float64)

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import tilewise
-from tests.conformance.common import ENGINES, cases, exact, grid, methods, qkv, run_or_refuse, with_grads
+from tests.conformance.common import (
+    ENGINES,
+    cases,
+    exact,
+    grid,
+    methods,
+    qkv,
+    run_or_refuse,
+    widest,
+    with_grads,
+)
 from tilewise.attention import plan
 from tilewise.attention.method import mode_of
 from tilewise.tiles import Causal, Padding, TokenMask, Window
@@ -85,7 +95,8 @@ EMPTY = {
 @pytest.mark.parametrize("method", cases())
 def test_rows_that_see_nothing_through_two_layers(method, engine, mask):
     """Out 0, lse -inf, gradients 0 and never NaN, also where a layer's input is such a row."""
-    x = torch.randn(1, 2, 40, 8, dtype=torch.float64, requires_grad=True)
+    dtype = widest(engine)
+    x = torch.randn(1, 2, 40, 8, dtype=dtype, requires_grad=True)
     made = plan(method, x, x, mask=mask)
     if run_or_refuse(engine, x, x, x, made, return_lse=True) is None:
         return
@@ -100,7 +111,7 @@ def test_rows_that_see_nothing_through_two_layers(method, engine, mask):
     assert gradient.isfinite().all()
 
     # A query that sees nothing has gradient exactly 0, and so have the keys that nobody sees.
-    q, k, v = (torch.randn(1, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 40, 8, dtype=dtype, requires_grad=True) for _ in range(3))
     made = plan(method, q, k, mask=mask)
     seen = grid(made, 1, 2, 40, 40)
     dq, dk, dv = torch.autograd.grad(tilewise.attend(q, k, v, made, engine=engine).sum(), (q, k, v))

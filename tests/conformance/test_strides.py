@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import tilewise
-from tests.conformance.common import ENGINES, cases, exact, grid, qkv, run_or_refuse
+from tests.conformance.common import ENGINES, cases, exact, grid, qkv, run_or_refuse, widest
 from tilewise.attention import plan
 
 B, H, N, D = 2, 2, 97, 8
@@ -68,7 +68,7 @@ def test_strides(layout, method, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", cases())
 def test_expanded_batch_and_heads(method, engine):
-    q, k, v = qkv(b=1, heads=1, n_q=N, d=D)
+    q, k, v = qkv(b=1, heads=1, n_q=N, d=D, dtype=widest(engine))
     small = [x.clone().requires_grad_() for x in (q, k, v)]
     wide = [x.expand(B, H, N, D) for x in small]
     assert all(x.stride()[:2] == (0, 0) for x in wide)
@@ -83,13 +83,13 @@ def test_expanded_batch_and_heads(method, engine):
     for name, got in zip(("dq", "dk", "dv"), grads):
         for table in (want.__dict__, want.rounding):
             table[name] = table[name].sum((0, 1), keepdim=True)
-        want.check({name: got})
+        want.check({name: got}, q.dtype)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", cases())
 def test_layout_bnhd_is_the_same_call(method, engine):
-    q, k, v = qkv(b=B, heads=4, kv_heads=2, n_q=N, d=D)
+    q, k, v = qkv(b=B, heads=4, kv_heads=2, n_q=N, d=D, dtype=widest(engine))
     made = plan(method, q, k, mask="causal")
     if run_or_refuse(engine, q, k, v, made) is None:
         return
@@ -116,6 +116,8 @@ def test_layout_bnhd_lse_stays_per_head():
 @pytest.mark.parametrize("method", cases())
 def test_inputs_are_unchanged(method, engine, dtype):
     """float32 and float64 are not widened, so the engine works on the caller's own memory."""
+    if dtype == torch.float64:
+        dtype = widest(engine)
     inputs = [x.requires_grad_() for x in qkv(n_q=64, d=D, dtype=dtype)]
     bias = torch.randn(1, 2, 64, 64, dtype=dtype, requires_grad=True)
     mask = torch.rand(64, 64) > 0.3

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tilewise
-from tests.conformance.common import ENGINES, exact, grid, qkv, repeat, run_or_refuse, with_grads
+from tests.conformance.common import (
+    ENGINES,
+    exact,
+    grid,
+    qkv,
+    repeat,
+    run_or_refuse,
+    widest,
+    with_grads,
+)
 from tilewise.attention import Pass, Plan, attend_tiles
 from tilewise.kernels.attend_tiles import blocks
 from tilewise.tiles import Causal, Documents, Everything, Padding, TileMap, Tiling, TokenMask, Window
@@ -208,7 +217,7 @@ def test_tiles_hidden_by_the_mask_are_never_computed_whatever_the_map_says(engin
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("n", [0, 1, 40])
 def test_an_empty_map_gives_nothing(engine, n):
-    inputs = [x.requires_grad_() for x in qkv(1, 2, 1, n)]
+    inputs = [x.requires_grad_() for x in qkv(1, 2, 1, n, dtype=widest(engine))]
     tiles = -(-n // 16)
     tile_map = TileMap.from_mask(torch.zeros(1, 1, tiles, tiles, dtype=torch.bool), (16, 16))
     if run_or_refuse(engine, *inputs, _plan(tile_map, Causal(), n_q=n, n_k=n)) is None:
@@ -244,7 +253,8 @@ def test_head_dims(engine, head_dim):
 def test_softcap_is_applied_before_the_bias(engine, softcap):
     q, k, v = qkv(1, 2, 1, 33)
     bias = torch.randn(1, 1, 33, 33, dtype=torch.float64)
-    if run_or_refuse(engine, q, k, v, None, bias=bias, softcap=softcap) is None:
+    run = run_or_refuse(engine, q, k, v, None, bias=bias, softcap=softcap, mask="causal")
+    if run is None:
         return
     inputs = [x.requires_grad_() for x in (q, k, v, bias)]
 
@@ -253,7 +263,7 @@ def test_softcap_is_applied_before_the_bias(engine, softcap):
         return scores.masked_fill(~torch.ones(33, 33).tril().bool(), -torch.inf).softmax(-1) @ repeat(v, 2)
 
     want = formula(*inputs)
-    got = tilewise.attend(q, k, v, bias=bias, softcap=softcap, mask="causal", engine=engine)
+    got = run(*inputs)
     d_out = torch.randn_like(want)
     # The cap and its slope are at most 1 times what goes in, so the rounding of the uncapped scores bounds it.
     uncapped = exact(q, k, v, torch.ones(33, 33).tril().bool(), d_out, bias)
@@ -262,5 +272,5 @@ def test_softcap_is_applied_before_the_bias(engine, softcap):
         (want, *torch.autograd.grad(want, inputs, d_out)),
         (got, *torch.autograd.grad(got, inputs, d_out)),
     ):
-        allowed = 8 * torch.finfo(torch.float64).eps * uncapped.rounding[name].max()
+        allowed = 8 * torch.finfo(got.dtype).eps * uncapped.rounding[name].max()
         assert float((one - other).detach().abs().max()) <= float(allowed), name

@@ -330,10 +330,14 @@ def test_attention_dropout_is_refused():
 
 
 def test_events_name_the_engine_that_ran():
-    """Soft-capping is beyond PyTorch's kernel, so a dense layer that has it runs elsewhere, and says so."""
+    """float64 is beyond the native engine and soft-capping beyond PyTorch's: such layers run elsewhere, and say so."""
     tokens = _tokens(60, batch=1)
-    for name, engine in (("llama", "sdpa"), ("gemma2", "torch")):
-        seen, model = [], tiny.make(name)
+    for name, dtype, engine in (
+        ("llama", torch.float32, "native"),
+        ("llama", torch.float64, "sdpa"),
+        ("gemma2", torch.float64, "torch"),
+    ):
+        seen, model = [], tiny.make(name).to(dtype)
         with tilewise.patch(model, "dense", check=False, observer=seen.append):
             _logits(model, tokens)
         assert [event.engines for event in seen] == [(engine,)] * 3

@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tilewise.kernels import Choice, Engine, choose
-from tilewise.kernels.attend_tiles import definition, sdpa
+from tilewise.kernels.attend_tiles import definition, native, sdpa
 from tilewise.kernels.attend_tiles import torch as torch_engine
 from tilewise.kernels.attend_tiles.call import Call
 from tilewise.tiles import Partial
 
-ENGINES: Mapping[str, Engine] = {"sdpa": sdpa, "torch": torch_engine, "definition": definition}
+ENGINES: Mapping[str, Engine] = {
+    "native": native,
+    "sdpa": sdpa,
+    "torch": torch_engine,
+    "definition": definition,
+}
 
 
 def attend(call: Call, engine: str = "auto") -> Partial:

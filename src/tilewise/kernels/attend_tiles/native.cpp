@@ -1,0 +1,42 @@
+// Entry points of the native engine of tile attention; native.py calls them.
+#include "native_backward.h"
+#include "native_forward.h"
+
+namespace {
+
+using namespace tilewise;
+
+// Calls work.operator()<S, T>() for the stored format S and the format T of the products.
+template <typename Work>
+void by_format(const Call& c, const Work& work) {
+  switch (c.q.kind) {
+    case FLOAT32: return work.template operator()<float, float>();
+    case FLOAT16: return work.template operator()<Half, float>();
+    default:
+      if (has_bfloat16_products()) return work.template operator()<BFloat16, BFloat16>();
+      return work.template operator()<BFloat16, float>();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t tilewise_call_words() { return sizeof(Call) / 8; }
+
+int tilewise_bfloat16_products() { return has_bfloat16_products(); }
+
+int tilewise_attend_forward(const void* call, char* message, int64_t room) {
+  return guarded(message, room, [&] {
+    const Call& c = *static_cast<const Call*>(call);
+    by_format(c, [&]<typename S, typename T>() { Forward<S, T>::run(c); });
+  });
+}
+
+int tilewise_attend_backward(const void* call, char* message, int64_t room) {
+  return guarded(message, room, [&] {
+    const Call& c = *static_cast<const Call*>(call);
+    by_format(c, [&]<typename S, typename T>() { Backward<S, T>::run(c); });
+  });
+}
+}

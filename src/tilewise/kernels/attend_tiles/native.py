@@ -1,0 +1,142 @@
+"""The native engine: C++ for CPUs, compiled on first use (see `tilewise.kernels.building`).
+
+It executes a whole call: tile maps of any height, uneven tilings, permuted orders, boxes, bias and soft cap, in
+float32, bfloat16 and float16. Products run in float32 or, where the machine multiplies it, in bfloat16; softmax and
+sums are float32 always.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import struct
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tilewise.kernels import building
+from tilewise.kernels.attend_tiles import op
+from tilewise.kernels.attend_tiles.call import Call
+from tilewise.tiles import Partial
+
+_HERE = Path(__file__).parent
+SOURCES = [_HERE / "native.cpp", _HERE.parent / "native.h", *sorted(_HERE.glob("native_*.h"))]
+_KINDS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int64: 3,
+    torch.bool: 4,
+    torch.int32: 5,
+    torch.int8: 6,
+}
+_ABSENT = [0] * 10
+
+
+def refuse(call: Call) -> str | None:
+    """Why this engine cannot run the call."""
+    if call.q.device.type != "cpu":
+        return f"runs on CPUs, the call's tensors are on {call.q.device.type}"
+    if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32 at most, the call is in {call.q.dtype}"
+    if call.bias is not None and call.bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes a bias in float32 at most, the call's is in {call.bias.dtype}"
+    return unavailable()
+
+
+def run(call: Call) -> Partial:
+    """Attention over the kept tiles of `call`."""
+    return op.run(call, "native")
+
+
+def unavailable() -> str | None:
+    """Why there is no native engine on this machine, or None; builds it the first time."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with `import tilewise`.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled library, or why there is none, which is also said once as a warning."""
+    try:
+        library = building.load("attention", SOURCES)
+    except building.BuildFailed as reason:
+        warnings.warn(f"tilewise runs without its native engine: {reason}", stacklevel=2)
+        return str(reason)
+    if library.tilewise_call_words() != len(_ABSENT) * _GRIDS + 5:
+        return "the compiled library and this version of Tilewise disagree"  # a wrong build would crash
+    return library
+
+
+_GRIDS = 21
+
+
+def _grid(x: Tensor | None) -> list[int]:
+    """A tensor of up to four axes as the library reads it."""
+    if x is None:
+        return _ABSENT
+    size, stride = list(x.shape), list(x.stride())
+    missing = 4 - len(size)
+    return [x.data_ptr(), _KINDS[x.dtype], *size, *[1] * missing, *stride, *[0] * missing]
+
+
+def _words(call: Call, **made: Tensor | None) -> array.array:
+    """`Call` of native_call.h: every tensor of the call and of `made`, then sizes, threads and factors."""
+    view, tiles = call.view, call.tiles
+    keep = q_bounds = k_bounds = None
+    q_size = k_size = 0
+    if tiles is not None:
+        keep, q_bounds, k_bounds = tiles.keep, tiles.q_tiling.bounds, tiles.k_tiling.bounds
+        q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
+    tensors = [call.q, call.k, call.v, view.lo, view.hi, view.pos, view.dense, keep, q_bounds, k_bounds,
+               call.q_order, call.k_order, call.bias]  # fmt: skip
+    tensors += [made.get(x) for x in ("out", "lse", "d_out", "d_lse", "d_q", "d_k", "d_v", "d_bias")]
+    words = array.array("q")
+    for x in tensors:
+        words.extend(_grid(x))
+    words.extend((q_size, k_size, torch.get_num_threads()))
+    words.extend(struct.unpack("2q", struct.pack("2d", call.scale, call.softcap or 0.0)))
+    return words
+
+
+def _call(entry: str, words: array.array) -> None:
+    message = ctypes.create_string_buffer(200)
+    address, _ = words.buffer_info()
+    if getattr(_library(), entry)(ctypes.c_void_p(address), message, ctypes.c_int64(len(message))):
+        raise RuntimeError(f"the native engine failed: {message.value.decode(errors='replace')}")
+
+
+def forward(call: Call) -> Partial:
+    """The operator's forward on this engine."""
+    b, heads, n_q, _ = call.q.shape
+    out = call.q.new_empty(b, heads, n_q, call.v.shape[3])
+    lse = call.q.new_empty(b, heads, n_q, dtype=torch.float32)
+    if out.numel() or lse.numel():
+        _call("tilewise_attend_forward", _words(call, out=out, lse=lse))
+    return Partial(out, lse)
+
+
+def backward(
+    call: Call, result: Partial, d_out: Tensor, d_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and, where there is one, the bias."""
+    d_q, d_k, d_v = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
+    bias = call.bias
+    d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
+    if call.q.numel() and call.k.numel():
+        made = {"out": result.out, "lse": result.lse, "d_out": d_out.to(call.q.dtype), "d_lse": d_lse.float()}
+        _call("tilewise_attend_backward", _words(call, **made, d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias))
+    else:
+        for gradient in (d_q, d_k, d_v):
+            gradient.zero_()
+    return d_q, d_k, d_v, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
+
+
+op.IMPLEMENTATIONS["native"] = op.Implementation(forward, backward)

@@ -1,0 +1,160 @@
+// Keys and values laid out for products: chunk by chunk, permuted, padded, in the number format of the products.
+#pragma once
+
+#include "native_scores.h"
+
+namespace tilewise {
+
+// One entry for each (batch, kv head), or a single one where the heads do not differ.
+template <typename Entry>
+struct PerHead {
+  std::vector<Entry> entries;
+  int64_t heads = 1;
+  const Entry& at(int64_t b, int64_t kv) const { return entries[entries.size() == 1 ? 0 : b * heads + kv]; }
+};
+
+inline bool shared_by_heads(const Grid& grid) { return !grid || (grid.size[0] == 1 && grid.size[1] == 1); }
+
+// Some consecutive heads of all, counted through batch entries and kv heads.
+struct Span {
+  int64_t first, last;
+};
+
+// Heads are worked on in spans, so that what is packed of them stays small and its memory is used again.
+inline std::vector<Span> spans(const Call& c, int64_t bytes_per_head) {
+  constexpr int64_t HELD = int64_t(48) << 20;
+  const int64_t total = c.batch() * c.kv_heads();
+  const int64_t most = std::clamp<int64_t>(HELD / std::max<int64_t>(bytes_per_head, 1), 1, std::max<int64_t>(total, 1));
+  const int64_t even = most > c.threads ? most / c.threads * c.threads : most;
+  std::vector<Span> all;
+  for (int64_t first = 0; first < total; first += even) all.push_back({first, std::min(first + even, total)});
+  return all;
+}
+
+inline PerHead<Chunks> chunk_all(const Call& c, int64_t k_size) {
+  PerHead<Chunks> all;
+  all.heads = c.kv_heads();
+  const bool same = shared_by_heads(c.k_bounds);
+  for (int64_t b = 0; b < (same ? 1 : c.batch()); ++b)
+    for (int64_t kv = 0; kv < (same ? 1 : c.kv_heads()); ++kv)
+      all.entries.emplace_back(cut(c, c.k_bounds, k_size, c.keys(), b, kv * c.group()));
+  return all;
+}
+
+inline PerHead<Positions> position_all(const Call& c, const PerHead<Chunks>& chunks) {
+  PerHead<Positions> all;
+  all.heads = c.kv_heads();
+  const bool same = shared_by_heads(c.pos) && shared_by_heads(c.k_order) && shared_by_heads(c.k_bounds);
+  const int64_t heads = same ? 1 : c.batch() * c.kv_heads();
+  all.entries.resize(heads);
+  for_each_job(heads, c.threads, false, [&](int64_t job) {
+    const int64_t b = job / c.kv_heads(), kv = job % c.kv_heads();
+    all.entries[job].fill(c, b, kv, chunks.at(b, kv));
+  });
+  return all;
+}
+
+// How the keys of a call are cut and where they stand.
+struct KeyAxis {
+  PerHead<Chunks> chunks;
+  PerHead<Positions> positions;
+  int64_t longest = 0;  // padded keys of a head
+
+  explicit KeyAxis(const Call& c) : chunks(chunk_all(c, c.keep ? c.k_size : KEYS)), positions(position_all(c, chunks)) {
+    for (const Chunks& head : chunks.entries) longest = std::max(longest, head.padded);
+  }
+};
+
+template <typename T>
+int64_t product_depth(int64_t depth) {
+  return std::is_same_v<T, BFloat16> ? even(depth) : depth;
+}
+
+// Rows of chunk `at` of x, in order: [at.width, depth], each `ld` long with zeros behind.
+template <typename S, typename T>
+void chunk_rows(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk& at, T* to, int64_t ld) {
+  const int64_t base = b * x.stride[0] + kv * x.stride[1];
+  const int64_t order = c.k_order ? c.base(c.k_order, b, kv * c.group()) : 0;
+  for (int64_t j = 0; j < at.width; ++j) {
+    const int64_t t = token(c.k_order, order, at.start + j);
+    copy_row(x.at<S>(base + t * x.stride[2]), x.stride[3], x.size[3], to + j * ld);
+    for (int64_t d = x.size[3]; d < ld; ++d) put(to[j * ld + d], 0.f);
+  }
+}
+
+// Which forms of the keys and values a pass needs.
+enum Forms : int { K_RIGHT = 1, V_RIGHT = 2, K_LEFT = 4, V_LEFT = 8, K_TURNED = 16 };
+
+// K_RIGHT: keys^T as right operand [depth, width]. V_RIGHT: values as right operand [width, values].
+// K_LEFT, V_LEFT: rows as left operands [padded, depth]. K_TURNED: keys^T as left operand [depth, padded].
+template <typename T>
+struct PackedKeys {
+  const PerHead<Chunks>& chunks;
+  const Span span;
+  int64_t depth, values, heads;
+  T *k_right = nullptr, *v_right = nullptr, *k_left = nullptr, *v_left = nullptr, *k_turned = nullptr;
+
+  PackedKeys(const Call& c, const PerHead<Chunks>& all, Span which, Arena& arena, int forms)
+      : chunks(all), span(which), depth(product_depth<T>(c.depth())), values(product_depth<T>(c.values())),
+        heads(c.kv_heads()) {
+    begin_.push_back(0);
+    for (int64_t i = span.first; i < span.last; ++i)
+      begin_.push_back(begin_.back() + all.at(i / heads, i % heads).padded);
+    const int64_t total = begin_.back();
+    const int64_t sizes[] = {total * depth, total * c.values(), total * depth, total * values, total * depth};
+    for (int f = 0; f < 5; ++f)
+      if (forms >> f & 1) at_[f] = arena.announce<T>(sizes[f]);
+  }
+
+  // First padded key of a head in the packed arrays.
+  int64_t begin(int64_t b, int64_t kv) const { return begin_[b * heads + kv - span.first]; }
+
+  template <typename S>
+  void fill(const Call& c, const Arena& arena, int forms) {
+    T** parts[] = {&k_right, &v_right, &k_left, &v_left, &k_turned};
+    for (int f = 0; f < 5; ++f)
+      if (forms >> f & 1) *parts[f] = arena.part<T>(at_[f]);
+    constexpr int64_t TOGETHER = 8;  // chunks in one job
+    std::vector<int64_t> jobs;       // (head, first chunk), one after the other
+    for (int64_t head = span.first; head < span.last; ++head) {
+      const int64_t count = chunks.at(head / heads, head % heads).list.size();
+      for (int64_t i = 0; i < count; i += TOGETHER) jobs.insert(jobs.end(), {head, i});
+    }
+    for_each_job(jobs.size() / 2, c.threads, false, [&](int64_t job) {
+      const int64_t head = jobs[2 * job], b = head / heads, kv = head % heads;
+      const std::vector<Chunk>& list = chunks.at(b, kv).list;
+      const int64_t last = std::min<int64_t>(jobs[2 * job + 1] + TOGETHER, list.size());
+      for (int64_t i = jobs[2 * job + 1]; i < last; ++i) pack<S>(c, b, kv, list[i], begin(b, kv) + list[i].offset);
+    });
+  }
+
+ private:
+  template <typename S>
+  void pack(const Call& c, int64_t b, int64_t kv, const Chunk& at, int64_t slot) {
+    thread_local Buffer memory;
+    T* rows = memory.take<T>(KEYS * std::max(depth, values) + 64);
+    if (k_right || k_left || k_turned) {
+      T* keys = k_left ? k_left + slot * depth : rows;
+      chunk_rows<S>(c, c.k, b, kv, at, keys, depth);
+      std::memset(static_cast<void*>(keys + at.width * depth), 0, (at.padded - at.width) * depth * sizeof(T));
+      if (k_right) pack_transposed(keys, depth, at.width, at.padded, c.depth(), k_right + slot * depth);
+      if (k_turned) turn(keys, at.padded, k_turned + slot * depth);
+    }
+    if (v_right || v_left) {
+      T* from = v_left ? v_left + slot * values : rows;
+      chunk_rows<S>(c, c.v, b, kv, at, from, values);
+      std::memset(static_cast<void*>(from + at.width * values), 0, (at.padded - at.width) * values * sizeof(T));
+      if (v_right) pack_rows(from, values, at.width, at.padded, c.values(), v_right + slot * c.values());
+    }
+  }
+
+  void turn(const T* rows, int64_t padded, T* to) const {
+    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    transpose(reinterpret_cast<const Word*>(rows), depth, padded, padded, depth, reinterpret_cast<Word*>(to), padded);
+  }
+
+  std::vector<int64_t> begin_;
+  int64_t at_[5] = {};
+};
+
+}  // namespace tilewise

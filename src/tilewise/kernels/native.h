@@ -1,0 +1,320 @@
+// What every native engine shares: tensors handed over from Python, number formats, small matrix products, packing,
+// memory that is used again, and the parallel loop.
+//
+// Vector code is left to the compiler: loops over contiguous floats without branches. Matrix products are PyTorch's
+// own `brgemm`, which falls back to its gemm for float32 where oneDNN has no kernel for the machine.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+namespace tilewise {
+
+using at::BFloat16;
+using at::Half;
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504088896341f;
+
+// ------------------------------------------------------------------------------------------------- tensors
+enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT64 = 3, BOOL = 4, INT32 = 5, INT8 = 6 };
+
+// A tensor of up to four axes as Python hands it over; `data` is null where there is none. Strides count elements.
+struct Grid {
+  void* data;
+  int64_t kind;
+  int64_t size[4];
+  int64_t stride[4];
+
+  explicit operator bool() const { return data != nullptr; }
+
+  // Offset of a (batch, head) pair for a tensor whose batch may be 1 and whose heads may be 1, the kv heads or all.
+  int64_t base(int64_t b, int64_t h, int64_t heads, int64_t group) const {
+    const int64_t own = size[1] == 1 ? 0 : size[1] == heads ? h : h / group;
+    return (size[0] == 1 ? 0 : b * stride[0]) + own * stride[1];
+  }
+
+  template <typename T>
+  T* at(int64_t offset = 0) const {
+    return static_cast<T*>(data) + offset;
+  }
+};
+
+// ---------------------------------------------------------------------------------------- number formats
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline void put(float& to, float x) { to = x; }
+inline void put(Half& to, float x) { to = Half(x); }
+inline void put(BFloat16& to, float x) {  // round to nearest, ties to even; a NaN stays one
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+inline float get(float x) { return x; }
+inline float get(BFloat16 x) { return float_of(static_cast<uint32_t>(x.x) << 16); }
+inline float get(Half x) { return static_cast<float>(x); }
+
+template <typename S, typename T>
+inline void copy_row(const S* from, int64_t stride, int64_t n, T* to) {
+  if (stride == 1) {
+    if constexpr (std::is_same_v<S, T>) {
+      std::memcpy(to, from, n * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < n; ++i) put(to[i], get(from[i]));
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) put(to[i], get(from[i * stride]));
+  }
+}
+
+// e^x for x at most a little above 0, to 1 unit in the last place; `brief` leaves out a term (1e-7), for weights that
+// are rounded to 8 bits. What float32 holds only with fewer bits becomes 0, so e^-inf is 0; NaN stays NaN.
+template <bool brief>
+inline float exp_of(float x) {
+  constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  constexpr float LN2 = 0.693147180559945309f;
+  const float shifted = x * LOG2E + SHIFT, n = shifted - SHIFT;
+  const float r = x - n * LN2;  // one fused operation where the machine has it, so that nothing cancels
+  float tail;
+  if constexpr (brief) {
+    tail = 0.4999923149f + r * (0.1666711465f + r * (0.0418901572f + r * 0.0083125203f));
+  } else {
+    tail = 0.0416683881f + r * (0.0083687169f + r * 0.0013814599f);
+    tail = 0.4999999345f + r * (0.1666652063f + r * tail);
+  }
+  const float p = 1.f + (r + r * r * tail);
+  const float power = float_of((bits_of(shifted) - bits_of(SHIFT) + 127u) << 23);
+  const float result = p * power;
+  return x < -87.3f ? 0.f : result;
+}
+
+// tanh to 1e-7: a rational form near 0, where 1 - 2 / (e^2x + 1) would cancel.
+inline float tanh_of(float x) {
+  const float a = std::fabs(x), y = std::min(a, 10.f), s = y * y;
+  const float near = y * (1.f + s * (-0.33333333f + s * (0.13333333f + s * (-0.05396825f + s * (0.02186949f + s *
+      (-0.00886324f + s * (0.00359213f + s * -0.00145583f)))))));
+  const float e = exp_of<false>(-2.f * y);
+  const float far = (1.f - e) / (1.f + e);
+  const float t = a < 0.45f ? near : far;
+  return a > 10.f ? std::copysign(1.f, x) : a <= 10.f ? std::copysign(t, x) : x;
+}
+
+// ----------------------------------------------------------------------------------------- matrix products
+// c [m, n] (+)= a [m, k] b [k, n], row by row; b in bfloat16 is packed in pairs of rows, [k / 2, n, 2].
+template <typename T>
+inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
+                    int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, std::is_same_v<T, BFloat16>);
+}
+
+// Whether this machine multiplies packed bfloat16; elsewhere it is widened to float32 tile by tile.
+inline bool has_bfloat16_products() {
+  static const bool has = [] {
+    alignas(64) BFloat16 a[64 * 64] = {}, b[64 * 64] = {};
+    alignas(64) static float c[64 * 64];
+    try {
+      product<BFloat16>(64, 64, 64, a, 64, b, 64, c, 64, false);
+      at::native::cpublas::brgemm_release(true);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return has;
+}
+
+// ----------------------------------------------------------------------------------------------- packing
+// to [units, width] = from [width, units] transposed. Rows `rows`..width - 1 count as 0.
+template <typename Word>
+inline void transpose(const Word* from, int64_t ld, int64_t rows, int64_t width, int64_t units, Word* to,
+                      int64_t ld_to) {
+  constexpr int64_t STEP = 16;
+  for (int64_t r = 0; r < width; r += STEP) {
+    const int64_t height = std::min(STEP, width - r), real = std::clamp<int64_t>(rows - r, 0, height);
+    for (int64_t u = 0; u < units; u += STEP) {
+      const int64_t wide = std::min(STEP, units - u);
+      if (real == STEP && wide == STEP) {
+        Word block[STEP][STEP];
+        for (int64_t i = 0; i < STEP; ++i)
+          for (int64_t j = 0; j < STEP; ++j) block[i][j] = from[(r + i) * ld + u + j];
+        for (int64_t j = 0; j < STEP; ++j)
+          for (int64_t i = 0; i < STEP; ++i) to[(u + j) * ld_to + r + i] = block[i][j];
+        continue;
+      }
+      for (int64_t j = 0; j < wide; ++j)
+        for (int64_t i = 0; i < height; ++i)
+          to[(u + j) * ld_to + r + i] = i < real ? from[(r + i) * ld + u + j] : Word(0);
+    }
+  }
+}
+
+inline int64_t even(int64_t n) { return n + (n & 1); }
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The right operand of a product from its transpose: rows [width, depth] become b [depth, width].
+// `rows` of them are real; `ld` is at least the even depth, and words past the depth must be 0.
+inline void pack_transposed(const float* from, int64_t ld, int64_t rows, int64_t width, int64_t depth, float* to) {
+  transpose(from, ld, rows, width, depth, to, width);
+}
+inline void pack_transposed(const BFloat16* from, int64_t ld, int64_t rows, int64_t width, int64_t depth,
+                            BFloat16* to) {
+  transpose(reinterpret_cast<const uint32_t*>(from), ld / 2, rows, width, even(depth) / 2,
+            reinterpret_cast<uint32_t*>(to), width);
+}
+
+// The right operand of a product from its own rows: [depth, width] becomes b; rows from `rows` on count as 0.
+inline void pack_rows(const float* from, int64_t ld, int64_t rows, int64_t depth, int64_t width, float* to) {
+  for (int64_t r = 0; r < depth; ++r) {
+    if (r < rows) {
+      std::memcpy(to + r * width, from + r * ld, width * sizeof(float));
+    } else {
+      std::memset(static_cast<void*>(to + r * width), 0, width * sizeof(float));
+    }
+  }
+}
+inline void pack_rows(const BFloat16* from, int64_t ld, int64_t rows, int64_t depth, int64_t width, BFloat16* to) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(to);
+  for (int64_t r = 0; r < even(depth); r += 2, words += width) {
+    const BFloat16 *first = from + r * ld, *second = first + ld;
+    if (r + 1 < rows) {
+      for (int64_t i = 0; i < width; ++i) words[i] = first[i].x | static_cast<uint32_t>(second[i].x) << 16;
+    } else if (r < rows) {
+      for (int64_t i = 0; i < width; ++i) words[i] = first[i].x;
+    } else {
+      std::memset(words, 0, width * sizeof(uint32_t));
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------- memory
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Numbers in memory that grows and is used again: fresh pages cost as much as the product that fills them.
+class Buffer {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
+    if (bytes > held_) {
+      data_.reset();
+      held_ = 0;
+      data_.reset(std::aligned_alloc(64, bytes));
+      if (!data_) throw std::bad_alloc();
+      held_ = bytes;
+    }
+    return static_cast<T*>(data_.get());
+  }
+  size_t held() const { return held_; }
+  void drop() {
+    data_.reset();
+    held_ = 0;
+  }
+
+ private:
+  std::unique_ptr<void, Free> data_;
+  size_t held_ = 0;
+};
+
+// Hands out parts of one buffer: first every part is announced, then `settle` finds the memory, then parts are taken.
+class Arena {
+ public:
+  static constexpr size_t KEPT = size_t(64) << 20;  // bytes kept between calls
+
+  Arena() : owner_(shared_lock().try_lock()) {}
+  Arena(const Arena&) = delete;
+  ~Arena() {
+    if (!owner_) return;
+    if (shared().held() > KEPT) shared().drop();
+    shared_lock().unlock();
+  }
+  template <typename T>
+  int64_t announce(int64_t count) {
+    const int64_t at = total_;
+    total_ += round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), 64);
+    return at;
+  }
+  void settle() { base_ = (owner_ ? shared() : own_).template take<char>(total_); }
+  template <typename T>
+  T* part(int64_t at) const {
+    return reinterpret_cast<T*>(base_ + at);
+  }
+
+ private:
+  static std::mutex& shared_lock() {
+    static std::mutex lock;
+    return lock;
+  }
+  static Buffer& shared() {
+    static Buffer buffer;
+    return buffer;
+  }
+  bool owner_;
+  Buffer own_;
+  char* base_ = nullptr;
+  int64_t total_ = 0;
+};
+
+// ----------------------------------------------------------------------------------------- parallel loop
+// Runs work(job) for every job, on at most `threads` threads, each taking the next job when it is done with one.
+// The first exception is thrown again on the calling thread.
+template <typename Work>
+void for_each_job(int64_t jobs, int64_t threads, bool tiles_unit, const Work& work) {
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::mutex failing;
+  const int team = static_cast<int>(std::max<int64_t>(1, std::min(threads, jobs)));
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    try {
+      for (int64_t job = next++; job < jobs; job = next++) work(job);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(failing);
+      if (!failure) failure = std::current_exception();
+      next = jobs;
+    }
+    if (tiles_unit) at::native::cpublas::brgemm_release(true);
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+// Runs an entry point for Python: 0, or 1 with what went wrong in `message`.
+template <typename Work>
+int guarded(char* message, int64_t room, const Work& work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::exception& failure) {
+    std::strncpy(message, failure.what(), room - 1);
+  } catch (...) {
+    std::strncpy(message, "unknown failure", room - 1);
+  }
+  message[room - 1] = 0;
+  return 1;
+}
+
+}  // namespace tilewise
