@@ -1,9 +1,16 @@
 """Attention: the score matrix, tile by tile. Methods compose order, score, select, always and rest."""
 
 from tilewise.attention.api import Explanation, attend, attend_tiles, explain, plan
+from tilewise.attention.biases import LowRankBias, alibi_slopes
+from tilewise.attention.context_parallel import Traffic, context_parallel_attend, rank_positions
 from tilewise.attention.dense import Dense
+from tilewise.attention.latent import MLA, LatentState
+from tilewise.attention.latent_shards import TPLA
+from tilewise.attention.latent_transforms import LatentTransform, reparameterize
 from tilewise.attention.method import Method, as_method, named
 from tilewise.attention.moba import KeyConvolution, MoBA, router_recall, router_snr
+from tilewise.attention.neighborhood import NeighborhoodAttention
+from tilewise.attention.neural_factors import NeuralFactors
 from tilewise.attention.orders import SegmentSort
 from tilewise.attention.pbs import PBSAttention
 from tilewise.attention.plans import Pass, Plan
@@ -23,10 +30,16 @@ __all__ = [
     "First",
     "KeyConvolution",
     "Layout",
+    "LatentState",
+    "LatentTransform",
+    "LowRankBias",
+    "MLA",
     "Mass",
     "MeanPool",
     "Method",
     "MoBA",
+    "NeighborhoodAttention",
+    "NeuralFactors",
     "Own",
     "PBSAttention",
     "Pass",
@@ -36,16 +49,22 @@ __all__ = [
     "SegmentSort",
     "SinkWindow",
     "Skip",
+    "TPLA",
     "Tiles",
     "TopK",
+    "Traffic",
     "TrueMass",
     "XAttention",
+    "alibi_slopes",
     "as_method",
     "attend",
     "attend_tiles",
+    "context_parallel_attend",
     "explain",
     "named",
     "plan",
+    "rank_positions",
+    "reparameterize",
     "router_recall",
     "router_snr",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tilewise.attention.biases import LowRankBias
 from tilewise.attention.method import Method, as_method
 from tilewise.attention.plans import Pass, Plan
 from tilewise.tiles import Mask, Partial, TileMap, Visibility, as_mask
@@ -23,7 +24,7 @@ def attend(
     method: Method | Plan | str | None = None,
     *,
     mask: Mask | Tensor | str | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | LowRankBias | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     engine: str = "auto",
@@ -39,7 +40,8 @@ def attend(
         method: None for dense, a name (see `tilewise papers`), a configured method, or a `Plan` made before.
         mask: None (everything visible), "causal" (aligned bottom-right), a mask object, or a tensor: boolean
             (True = may attend) or floating (additive), `[N_q, N_k]` or `[B|1, H|1, N_q, N_k]`.
-        bias: additive, differentiable, floating, broadcastable to `[B, H_q, N_q, N_k]`.
+        bias: additive and differentiable: a floating tensor broadcastable to `[B, H_q, N_q, N_k]`, or a
+            `LowRankBias`, of which nothing N x N is made. Methods choose their tiles from q and k, without it.
         scale: factor of the scores; None is 1/sqrt(D). softcap: cap scores smoothly at this magnitude.
         engine: "auto", or the name of an engine, which then runs or raises.
         return_lse: also return the natural log of each row's sum of exponentials.
@@ -59,9 +61,10 @@ def attend(
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_tensor(name, x, "[B, N, H, D]")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    view, bias, scale = _bind(q, k, v, mask, bias, scale, softcap)
+    view, added, scale = _bind(q, k, v, mask, bias, scale, softcap)
     plan = _plan(method, q, k, v, view, scale)
-    partial = plan.run(q, k, v, bias=bias, scale=scale, softcap=softcap, engine=engine, need_lse=return_lse)
+    q, k = _extend(q, k, bias, scale, softcap)
+    partial = plan.run(q, k, v, bias=added, scale=scale, softcap=softcap, engine=engine, need_lse=return_lse)
     if layout == "bnhd":
         partial = partial._replace(out=partial.out.transpose(1, 2))
     return partial if return_lse else partial.out
@@ -74,7 +77,7 @@ def attend_tiles(
     tile_map: TileMap,
     *,
     mask: Mask | Tensor | str | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | LowRankBias | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     engine: str = "auto",
@@ -84,12 +87,13 @@ def attend_tiles(
 
     The mask still holds within them. Raises as `attend` does, and ValueError for a map of other sizes.
     """
-    view, bias, scale = _bind(q, k, v, mask, bias, scale, softcap)
+    view, added, scale = _bind(q, k, v, mask, bias, scale, softcap)
     if not isinstance(tile_map, TileMap):
         raise TypeError(f"tile_map must be a TileMap, got {type(tile_map).__name__}")
     tile_map.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2], k.shape[1])
     plan = Plan((Pass(view, tile_map),), view)
-    partial = plan.run(q, k, v, bias=bias, scale=scale, softcap=softcap, engine=engine, need_lse=return_lse)
+    q, k = _extend(q, k, bias, scale, softcap)
+    partial = plan.run(q, k, v, bias=added, scale=scale, softcap=softcap, engine=engine, need_lse=return_lse)
     return partial if return_lse else partial.out
 
 
@@ -137,16 +141,17 @@ def explain(
     method: Method | Plan | str | None = None,
     *,
     mask: Mask | Tensor | str | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | LowRankBias | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     engine: str = "auto",
     return_lse: bool = False,
 ) -> Explanation:
     """The engine that `attend` with the same arguments would run, and why each other one would not."""
-    view, bias, scale = _bind(q, k, v, mask, bias, scale, softcap)
+    view, added, scale = _bind(q, k, v, mask, bias, scale, softcap)
     made = _plan(method, q, k, v, view, scale)
-    choices = made.explain(q, k, v, engine, bias=bias, scale=scale, softcap=softcap, need_lse=return_lse)
+    q, k = _extend(q, k, bias, scale, softcap)
+    choices = made.explain(q, k, v, engine, bias=added, scale=scale, softcap=softcap, need_lse=return_lse)
     name = "a given plan" if isinstance(method, Plan) else str(as_method(method))
     return Explanation(name, tuple((c.engine, c.refused) for c in choices))
 
@@ -167,7 +172,12 @@ def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scal
 
 
 def _bind(q, k, v, mask, bias, scale, softcap) -> tuple[Visibility, Tensor | None, float]:
-    """Check the arguments; the mask as a Visibility, float masks added to the bias, the scale as a number."""
+    """Check the arguments; the mask as a Visibility, what is added to scores as a tensor, the scale as a number.
+
+    Float masks are added to the bias. Low-rank biases are left to `_extend`.
+    """
+    if isinstance(bias, LowRankBias):
+        bias = None
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, "[B, H, N, D]")
         if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
@@ -199,6 +209,18 @@ def _bind(q, k, v, mask, bias, scale, softcap) -> tuple[Visibility, Tensor | Non
     return view, bias, 1 / math.sqrt(d) if scale is None else float(scale)
 
 
+def _extend(q: Tensor, k: Tensor, bias, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """q and k with the factors of a low-rank bias beside them; with any other bias as they are."""
+    if not isinstance(bias, LowRankBias):
+        return q, k
+    if softcap is not None:
+        raise ValueError(
+            "softcap takes no low-rank bias: scores are capped before a bias is added, and factors add it before;"
+            " give the bias as a tensor, bias.dense()"
+        )
+    return bias.extend(q, k, scale)
+
+
 def _check_tensor(name: str, x: Tensor, axes: str) -> None:
     if not isinstance(x, Tensor) or x.ndim != 4:
         given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -207,7 +229,8 @@ def _check_tensor(name: str, x: Tensor, axes: str) -> None:
 
 def _check_additive(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim > 4:
-        raise TypeError(f"{name} must be a floating tensor broadcastable to [B, H_q, N_q, N_k]")
+        hint = " or a LowRankBias" if name == "bias" else ""
+        raise TypeError(f"{name} must be a floating tensor broadcastable to [B, H_q, N_q, N_k]{hint}")
     x = x[(None,) * (4 - x.ndim)]
     if any(have not in (1, want) for have, want in zip(x.shape, shape)):
         raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(x.shape)}")

@@ -75,7 +75,15 @@ inline void put(BFloat16& to, float x) {  // round to nearest, ties to even; a N
 
 inline float get(float x) { return x; }
 inline float get(BFloat16 x) { return float_of(static_cast<uint32_t>(x.x) << 16); }
+#ifdef __FLT16_MAX__
+inline float get(Half x) {  // the compiler's own type, whose conversion it can do for many at once
+  _Float16 own;
+  std::memcpy(&own, &x, 2);
+  return static_cast<float>(own);
+}
+#else
 inline float get(Half x) { return static_cast<float>(x); }
+#endif
 
 template <typename S, typename T>
 inline void copy_row(const S* from, int64_t stride, int64_t n, T* to) {
@@ -95,9 +103,12 @@ inline void copy_row(const S* from, int64_t stride, int64_t n, T* to) {
 template <bool brief>
 inline float exp_of(float x) {
   constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  constexpr float LN2 = 0.693147180559945309f;
   const float shifted = x * LOG2E + SHIFT, n = shifted - SHIFT;
-  const float r = x - n * LN2;  // one fused operation where the machine has it, so that nothing cancels
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const float r = x - n * 0.693147180559945309f;  // one fused operation, so nothing is lost when it cancels
+#else
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first times n exact
+#endif
   float tail;
   if constexpr (brief) {
     tail = 0.4999923149f + r * (0.1666711465f + r * (0.0418901572f + r * 0.0083125203f));

@@ -1,5 +1,6 @@
 """The words every other room uses: tilings, masks, tile maps, partial results and their merge."""
 
+from tilewise.tiles.grid import Neighborhood
 from tilewise.tiles.masks import (
     BlockCausal,
     Causal,
@@ -27,6 +28,7 @@ __all__ = [
     "Documents",
     "Everything",
     "Mask",
+    "Neighborhood",
     "Padding",
     "Partial",
     "Prefix",

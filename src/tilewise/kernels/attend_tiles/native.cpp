@@ -1,6 +1,6 @@
 // Entry points of the native engine of tile attention; native.py calls them.
 #include "native_backward.h"
-#include "native_forward.h"
+#include "native_decode.h"
 
 namespace {
 
@@ -29,8 +29,13 @@ int tilewise_bfloat16_products() { return has_bfloat16_products(); }
 int tilewise_attend_forward(const void* call, char* message, int64_t room) {
   return guarded(message, room, [&] {
     const Call& c = *static_cast<const Call*>(call);
-    by_format(c, [&]<typename S, typename T>() { Forward<S, T>::run(c); });
+    by_format(c, [&]<typename S, typename T>() { decodes(c) ? Decode<S, T>::run(c) : Forward<S, T>::run(c); });
   });
+}
+
+// Always fails, so that the way of an error to Python can be tested.
+int tilewise_fail(const void*, char* message, int64_t room) {
+  return guarded(message, room, [] { throw std::runtime_error("asked to"); });
 }
 
 int tilewise_attend_backward(const void* call, char* message, int64_t room) {

@@ -75,7 +75,13 @@ def _library() -> ctypes.CDLL | str:
     return library
 
 
-_GRIDS = 21
+def multiplies_bfloat16() -> bool:
+    """Whether products run in bfloat16 on this machine; elsewhere bfloat16 is widened to float32 tile by tile."""
+    library = _library()
+    return not isinstance(library, str) and bool(library.tilewise_bfloat16_products())
+
+
+_GRIDS = 22
 
 
 def _grid(x: Tensor | None) -> list[int]:
@@ -97,7 +103,7 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
         q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
     tensors = [call.q, call.k, call.v, view.lo, view.hi, view.pos, view.dense, keep, q_bounds, k_bounds,
                call.q_order, call.k_order, call.bias]  # fmt: skip
-    tensors += [made.get(x) for x in ("out", "lse", "d_out", "d_lse", "d_q", "d_k", "d_v", "d_bias")]
+    tensors += [made.get(x) for x in ("out", "lse", "d_out", "d_lse", "d_q", "d_k", "d_v", "d_bias")] + [None]
     words = array.array("q")
     for x in tensors:
         words.extend(_grid(x))

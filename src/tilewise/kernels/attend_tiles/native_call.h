@@ -12,20 +12,29 @@ constexpr int64_t FAR = int64_t(1) << 61, HIDDEN = -(int64_t(1) << 62);  // as i
 // Field for field what native.py writes; every number is 64 bits wide.
 struct Call {
   Grid q, k, v, lo, hi, pos, dense, keep, q_bounds, k_bounds, q_order, k_order, bias, out, lse;
-  Grid d_out, d_lse, d_q, d_k, d_v, d_bias;
+  Grid d_out, d_lse, d_q, d_k, d_v, d_bias, pages;
   int64_t q_size, k_size, threads;
   double scale, softcap;
 
+  // With `pages [batch, *]`, k and v are pools [pages, kv heads, tokens of a page, depth], and entry j of a batch
+  // entry's row says in which page its tokens j * tokens to (j + 1) * tokens - 1 lie.
   int64_t batch() const { return q.size[0]; }
   int64_t heads() const { return q.size[1]; }
   int64_t kv_heads() const { return k.size[1]; }
   int64_t group() const { return heads() / kv_heads(); }
   int64_t queries() const { return q.size[2]; }
-  int64_t keys() const { return k.size[2]; }
+  int64_t keys() const { return pos.size[2]; }
   int64_t depth() const { return q.size[3]; }
   int64_t values() const { return v.size[3]; }
   int64_t axes() const { return lo.size[3]; }
   int64_t base(const Grid& grid, int64_t b, int64_t h) const { return grid.base(b, h, heads(), group()); }
+
+  // Offset of a token of x, which is k or v.
+  int64_t row(const Grid& x, int64_t b, int64_t kv, int64_t t) const {
+    if (!pages) return b * x.stride[0] + kv * x.stride[1] + t * x.stride[2];
+    const int64_t page = pages.at<int64_t>(b * pages.stride[0])[t / x.size[2] * pages.stride[1]];
+    return page * x.stride[0] + kv * x.stride[1] + t % x.size[2] * x.stride[2];
+  }
 };
 
 // How one axis is cut for one (batch, head): tile t covers places [start(t), start(t + 1)).
@@ -45,7 +54,7 @@ inline int64_t token(const Grid& order, int64_t base, int64_t place) {
   return order ? order.at<int64_t>(base)[place * order.stride[2]] : place;
 }
 
-// A run of at most KEYS keys of one tile, `padded` to a width that products like.
+// A run of keys of one tile, `padded` to a width that products like.
 struct Chunk {
   int64_t tile, start, width, padded, offset;
 };
@@ -57,12 +66,12 @@ struct Chunks {
   std::vector<int64_t> first;  // of each tile; one more at the end
   int64_t padded = 0;          // of all together
 
-  explicit Chunks(const Cut& cut) {
+  Chunks(const Cut& cut, int64_t longest) {
     first.push_back(0);
     for (int64_t t = 0; t < cut.count; ++t) {
       const int64_t end = cut.start(t + 1);
-      for (int64_t at = cut.start(t); at < end; at += KEYS) {
-        const int64_t width = std::min(KEYS, end - at);
+      for (int64_t at = cut.start(t); at < end; at += longest) {
+        const int64_t width = std::min(longest, end - at);
         list.push_back({t, at, width, padded_width(width), padded});
         padded += padded_width(width);
       }

@@ -31,13 +31,13 @@ inline std::vector<Span> spans(const Call& c, int64_t bytes_per_head) {
   return all;
 }
 
-inline PerHead<Chunks> chunk_all(const Call& c, int64_t k_size) {
+inline PerHead<Chunks> chunk_all(const Call& c, int64_t k_size, int64_t longest = KEYS) {
   PerHead<Chunks> all;
   all.heads = c.kv_heads();
   const bool same = shared_by_heads(c.k_bounds);
   for (int64_t b = 0; b < (same ? 1 : c.batch()); ++b)
     for (int64_t kv = 0; kv < (same ? 1 : c.kv_heads()); ++kv)
-      all.entries.emplace_back(cut(c, c.k_bounds, k_size, c.keys(), b, kv * c.group()));
+      all.entries.emplace_back(cut(c, c.k_bounds, k_size, c.keys(), b, kv * c.group()), longest);
   return all;
 }
 
@@ -73,11 +73,10 @@ int64_t product_depth(int64_t depth) {
 // Rows of chunk `at` of x, in order: [at.width, depth], each `ld` long with zeros behind.
 template <typename S, typename T>
 void chunk_rows(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk& at, T* to, int64_t ld) {
-  const int64_t base = b * x.stride[0] + kv * x.stride[1];
   const int64_t order = c.k_order ? c.base(c.k_order, b, kv * c.group()) : 0;
   for (int64_t j = 0; j < at.width; ++j) {
     const int64_t t = token(c.k_order, order, at.start + j);
-    copy_row(x.at<S>(base + t * x.stride[2]), x.stride[3], x.size[3], to + j * ld);
+    copy_row(x.at<S>(c.row(x, b, kv, t)), x.stride[3], x.size[3], to + j * ld);
     for (int64_t d = x.size[3]; d < ld; ++d) put(to[j * ld + d], 0.f);
   }
 }
