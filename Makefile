@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 export NO_MKDOCS_2_WARNING := 1
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup compare test evidence check docs bench clean
+.PHONY: help setup compare test evidence check check-native docs bench clean
 # Timings and the two test workers want the machine to themselves, so -j must not mix the targets.
 .NOTPARALLEL:
 
@@ -17,6 +17,7 @@ help:
 	@echo "make test      all tests but the papers' evidence"
 	@echo "make evidence  the tests that show what the registered papers claim"
 	@echo "make check     format, lint, types, register, tables, docs and wheel"
+	@echo "make check-native  the native engine's tests under sanitizers"
 	@echo "make docs      regenerate the tables and build the site into site/"
 	@echo "make bench     every script of benchmarks/"
 	@echo "make setup     only the virtual environment in .venv (PYTHON=$(PYTHON))"
@@ -48,6 +49,14 @@ check: $(STAMP)
 	$(BIN)/python tools/tables.py --check
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python tools/check_wheel.py
+
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer: no access out of bounds in any test.
+check-native: $(STAMP)
+	@echo "compiling with sanitizers and running the native engine's tests (a few minutes)"
+	@CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined" \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_uneven_and_ordered.py \
+	-k "not resident_memory and not lesser_machines and (native or decoding or every_cut or bias or threads or spans or softcap or scores or failures)"
 
 docs: $(STAMP)
 	$(BIN)/python tools/tables.py

@@ -23,7 +23,7 @@ class Row:
     """One contender in one setting, against the first contender of that setting.
 
     `ms` is the median; `ratio` how many times as fast as the first, median of the rounds' own ratios, with the
-    20th and 80th percentile; `gflops` what it achieved on the operations it had to do, where that is known.
+    20th and 80th percentile; `rate` what it achieved on the work it had to do, where that is known, in `unit`.
     """
 
     setting: str
@@ -32,13 +32,18 @@ class Row:
     ratio: float
     ratio_low: float
     ratio_high: float
-    gflops: float | None
+    rate: float | None
+    unit: str = "GFLOP/s"
 
 
 def race(
-    setting: str, contenders: dict[str, Callable[[], object]], work: dict[str, float], rounds: int = 7
+    setting: str,
+    contenders: dict[str, Callable[[], object]],
+    work: dict[str, float],
+    rounds: int = 7,
+    unit: str = "GFLOP/s",
 ) -> list[Row]:
-    """Time the contenders in turns. `work` is in floating-point operations, by contender."""
+    """Time the contenders in turns. `work` is in floating-point operations, or bytes for GB/s, by contender."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 1):
         for name, run in contenders.items():
@@ -56,11 +61,11 @@ def race(
             ratios, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
         ).tolist()
         seconds = sorted(spent)[len(spent) // 2]
-        gflops = work[name] / seconds / 1e9 if name in work else None
-        rows.append(Row(setting, name, 1000 * seconds, middle, low, high, gflops))
+        rate = work[name] / seconds / 1e9 if name in work else None
+        rows.append(Row(setting, name, 1000 * seconds, middle, low, high, rate, unit))
         print(
-            f"{setting:<44}{name:<20}{1000 * seconds:>9.1f} ms {middle:>7.2f}x [{low:.2f}..{high:.2f}]"
-            + (f"{gflops:>8.0f} GFLOP/s" if gflops else ""),
+            f"{setting:<52}{name:<22}{1000 * seconds:>9.1f} ms {middle:>7.2f}x [{low:.2f}..{high:.2f}]"
+            + (f"{rate:>8.0f} {unit}" if rate else ""),
             flush=True,
         )
     return rows
@@ -72,14 +77,15 @@ def tests_pass(*selection: str) -> bool:
     return done.returncode == 0
 
 
-def save(name: str, rows: list[Row]) -> Path:
-    """Write the rows with the machine they were measured on."""
+def save(name: str, rows: list[Row], more: dict[str, object] | None = None) -> Path:
+    """Write the rows, and `more` beside them, with the machine they were measured on."""
     path = RESULTS / f"{name}.json"
     result = {
         "benchmark": name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": {**doctor.facts(), "threads": torch.get_num_threads()},
         "rows": [asdict(row) for row in rows],
+        **(more or {}),
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path.name}")

@@ -173,7 +173,18 @@ def test_doctor_shows_the_machine_and_passes(run: Run) -> None:
     assert (code, err) == (0, "")
     assert torch.__version__ in out
     for engine in kernels.engines():
-        assert f"attention, {engine}: works, error" in out
+        (line,) = [line for line in out.splitlines() if line.startswith(f"attention, {engine}: works, error")]
+        assert float(line.split()[-2]) > 0 and line.endswith("GFLOP/s")
+
+
+def test_build_says_where_the_library_lies(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run("build")
+    assert code == 0
+    name, path = out.strip().split(": ", 1)
+    assert name == "attention" and Path(path).is_file() and Path(path).suffix == ".so"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, out, err = run("build")
+    assert (code, out) == (2, "") and "no C++ compiler was found" in err and "Traceback" not in err
 
 
 def test_doctor_fails_on_a_wrong_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

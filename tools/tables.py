@@ -69,9 +69,9 @@ def bench_table(path: Path) -> str:
     body = []
     for row in run["rows"]:
         ratio = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
-        rate = "–" if row["gflops"] is None else f"{row['gflops']:.0f}"
+        rate = "–" if row["rate"] is None else f"{row['rate']:.0f} {row['unit']}"
         body.append([row["setting"], row["provider"], f"{row['ms']:.1f}", ratio, rate])
-    table = rows(["work", "by", "ms", "against the first", "GFLOP/s"], body)
+    table = rows(["work", "by", "ms", "against the first", "rate"], body)
     machine = run["machine"]
     where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
     return f"{table}\n\nMedians of paired rounds (20th to 80th percentile) on {where}, {run['created'][:10]}."

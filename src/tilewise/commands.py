@@ -91,8 +91,21 @@ def papers(
 
 
 @app.command()
+def build() -> None:
+    """Compile the native engines now, rather than at their first use, and say where they lie."""
+    from tilewise.kernels import building
+    from tilewise.kernels.attend_tiles import native
+
+    try:
+        path = building.library("attention", native.SOURCES)
+    except building.BuildFailed as failure:
+        raise UserError(str(failure)) from failure
+    typer.echo(f"attention: {path}")
+
+
+@app.command()
 def doctor() -> None:
-    """Show what this machine has and which engines work, and test them numerically."""
+    """Show what this machine has and which engines work; test them numerically and time them."""
     from tilewise import doctor as examination
 
     for name, value in examination.facts().items():

@@ -4,6 +4,10 @@ from tilewise.attention.api import Explanation, attend, attend_tiles, explain, p
 from tilewise.attention.biases import LowRankBias, alibi_slopes
 from tilewise.attention.context_parallel import Traffic, context_parallel_attend, rank_positions
 from tilewise.attention.dense import Dense
+from tilewise.attention.io_cost import io_cost, lower_bound
+from tilewise.attention.io_simulator import simulate
+from tilewise.attention.io_tiling import Shapes, best_height, tiling_cost
+from tilewise.attention.kernelized import KernelizedRPE, kernelized_rpe
 from tilewise.attention.latent import MLA, LatentState
 from tilewise.attention.latent_shards import TPLA
 from tilewise.attention.latent_transforms import LatentTransform, reparameterize
@@ -28,10 +32,11 @@ __all__ = [
     "Dense",
     "Explanation",
     "First",
+    "KernelizedRPE",
     "KeyConvolution",
-    "Layout",
     "LatentState",
     "LatentTransform",
+    "Layout",
     "LowRankBias",
     "MLA",
     "Mass",
@@ -47,6 +52,7 @@ __all__ = [
     "Pooled",
     "Recipe",
     "SegmentSort",
+    "Shapes",
     "SinkWindow",
     "Skip",
     "TPLA",
@@ -59,12 +65,18 @@ __all__ = [
     "as_method",
     "attend",
     "attend_tiles",
+    "best_height",
     "context_parallel_attend",
     "explain",
+    "io_cost",
+    "kernelized_rpe",
+    "lower_bound",
     "named",
     "plan",
     "rank_positions",
     "reparameterize",
     "router_recall",
     "router_snr",
+    "simulate",
+    "tiling_cost",
 ]

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import stat
 import subprocess
 import sys
@@ -37,7 +38,15 @@ class BuildFailed(RuntimeError):
 
 
 def load(name: str, sources: Sequence[Path]) -> ctypes.CDLL:
-    """The library made from `sources`, built if need be. The first is compiled; all of them name the build.
+    """The library made from `sources`, built if need be (see `library`). Raises BuildFailed as that does."""
+    try:
+        return ctypes.CDLL(str(library(name, sources)))
+    except OSError as error:
+        raise BuildFailed(f"the compiled {name} does not load: {error}") from error
+
+
+def library(name: str, sources: Sequence[Path]) -> Path:
+    """Path of the library made from `sources`, built if need be. The first is compiled; all of them name the build.
 
     Raises BuildFailed, with the reason, where there is no compiler, it fails, or there is no safe place to keep
     the result.
@@ -51,10 +60,7 @@ def load(name: str, sources: Sequence[Path]) -> ctypes.CDLL:
         with _lock(path.with_suffix(".lock")):
             if not _is_whole(path):  # another process may have built it meanwhile
                 _build(name, command, path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildFailed(f"the compiled {name} does not load: {error}") from error
+    return path
 
 
 def folder() -> Path:
@@ -88,6 +94,7 @@ def _command(name: str, sources: Sequence[Path]) -> list[str]:
         for level, vectors in _VECTORS.items():
             if capability.startswith(level):
                 flags += ["-mavx2", "-mfma", "-mf16c", *vectors]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))  # as other builds do
     # torch brings an OpenMP of its own; a second one in the process would mean a second pool of threads.
     own = sorted((torch_folder / "lib").glob("libgomp*.so*"))
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *(f"-l:{lib.name}" for lib in own[:1])]

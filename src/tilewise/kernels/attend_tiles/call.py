@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ class Call:
         bias: additive, floating, `[B|1, H_q|1, N_q|1, N_k|1]`, in the tokens' own order; None = none.
         scale: factor of the scores. softcap: scores become softcap * tanh(scores / softcap); None = no cap.
         need_lse: whether the caller wants the log-sum-exp.
+        pages: int64 `[B, P]` for a paged cache; k and v are then pools `[pages, H_kv, S, D]` of pages of S tokens,
+            and entry j of row b is the page of sequence b's tokens j * S to (j + 1) * S - 1. `view` says how many
+            tokens there are. None: k and v are the sequences themselves.
     """
 
     q: Tensor
@@ -35,3 +38,15 @@ class Call:
     scale: float = 1.0
     softcap: float | None = None
     need_lse: bool = True
+    pages: Tensor | None = None
+
+    def gathered(self) -> Call:
+        """This call with paged keys and values copied into sequences; the call itself where there are no pages."""
+        if self.pages is None:
+            return self
+        n = self.view.pos.shape[2]
+
+        def gather(pool: Tensor) -> Tensor:
+            return pool[self.pages].transpose(1, 2).flatten(2, 3)[:, :, :n]
+
+        return replace(self, k=gather(self.k), v=gather(self.v), pages=None)

@@ -20,6 +20,7 @@ def refuse(call: Call) -> str | None:
 
 def run(call: Call) -> Partial:
     """Attention over the kept tiles of `call`, by its formula."""
+    call = call.gathered()
     heads = call.q.shape[1]
     wide = call.q.dtype if call.q.dtype == torch.float64 else torch.float32
     k = to_heads(call.k, heads).to(wide)

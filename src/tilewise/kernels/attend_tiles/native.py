@@ -103,7 +103,8 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
         q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
     tensors = [call.q, call.k, call.v, view.lo, view.hi, view.pos, view.dense, keep, q_bounds, k_bounds,
                call.q_order, call.k_order, call.bias]  # fmt: skip
-    tensors += [made.get(x) for x in ("out", "lse", "d_out", "d_lse", "d_q", "d_k", "d_v", "d_bias")] + [None]
+    tensors += [made.get(x) for x in ("out", "lse", "d_out", "d_lse", "d_q", "d_k", "d_v", "d_bias")]
+    tensors.append(call.pages)
     words = array.array("q")
     for x in tensors:
         words.extend(_grid(x))
@@ -136,6 +137,8 @@ def backward(
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
     bias = call.bias
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
+    if call.pages is not None:
+        raise ValueError("a paged cache takes no gradients")
     if call.q.numel() and call.k.numel():
         made = {"out": result.out, "lse": result.lse, "d_out": d_out.to(call.q.dtype), "d_lse": d_lse.float()}
         _call("tilewise_attend_backward", _words(call, **made, d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias))

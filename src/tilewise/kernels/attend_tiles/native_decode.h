@@ -302,7 +302,8 @@ class Decode {
 
   // Whether the chunk's rows of x may be read where they lie, as a left or right operand of a product.
   bool in_place(const Grid& x, const Chunk& at) const {
-    return std::is_same_v<S, T> && !c_.k_order && x.stride[3] == 1 && at.width == at.padded &&
+    const bool together = !c_.pages || at.start % x.size[2] + at.width <= x.size[2];
+    return together && std::is_same_v<S, T> && !c_.k_order && x.stride[3] == 1 && at.width == at.padded &&
            (std::is_same_v<T, float> || x.size[3] % 2 == 0) && x.stride[2] >= x.size[3];
   }
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tilewise.kernels.attend_tiles.call import Call
 from tilewise.tiles import Partial, TileMap, Tiling, Visibility
-from tilewise.tiles.tilemap import cut
 
 
 class Implementation(NamedTuple):
@@ -36,36 +35,33 @@ def pack(call: Call) -> tuple:
     """The operator's arguments for `call`, without the engine."""
     view, tiles = call.view, call.tiles
     keep = q_bounds = k_bounds = None
-    q_size, k_size = cut(call.q.shape[2])  # used when no map is given: every visible tile is computed
+    q_size = k_size = 1  # not used when no map is given: every visible tile is computed
     if tiles is not None:
         keep, q_bounds, k_bounds = tiles.keep, tiles.q_tiling.bounds, tiles.k_tiling.bounds
         q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
     grid = (call.q, call.k, call.v, view.lo, view.hi, view.pos, view.q_pos, view.dense)
     tiled = (keep, q_bounds, k_bounds, q_size, k_size, call.q_order, call.k_order)
-    return (*grid, *tiled, call.bias, float(call.scale), float(call.softcap or 0.0))
+    return (*grid, *tiled, call.bias, call.pages, float(call.scale), float(call.softcap or 0.0))
 
 
 def unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-           bias, scale, softcap) -> Call:  # fmt: skip
+           bias, pages, scale, softcap) -> Call:  # fmt: skip
     """The Call for the operator's arguments."""
-    if keep is None:
-        tiles = TileMap.everything(q.shape[2], k.shape[2], q.device, (q_size, k_size))
-    else:
-        tiles = TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
+    tiles = None if keep is None else TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
     view = Visibility(lo, hi, pos, q_pos, dense)
-    return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None)
+    return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None, pages=pages)
 
 
 @torch.library.custom_op("tilewise::attend_tiles", mutates_args=())
 def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
     keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
-    q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, scale: float, softcap: float,
-    engine: str,
+    q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, pages: Tensor | None, scale: float,
+    softcap: float, engine: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tilewise::attend_tiles`: out and lse of the packed call on the named engine."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-                  bias, scale, softcap)  # fmt: skip
+                  bias, pages, scale, softcap)  # fmt: skip
     out, lse = IMPLEMENTATIONS[engine].forward(call)
     return out, lse
 
@@ -81,19 +77,19 @@ def attend_tiles_backward(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
     keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
-    q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, scale: float, softcap: float,
-    engine: str,
+    q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, pages: Tensor | None, scale: float,
+    softcap: float, engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias of the packed call; that of the bias is empty where there is none."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-                  bias, scale, softcap)  # fmt: skip
+                  bias, pages, scale, softcap)  # fmt: skip
     d_q, d_k, d_v, d_bias = IMPLEMENTATIONS[engine].backward(call, Partial(out, lse), d_out, d_lse)
     return d_q, d_k, d_v, q.new_empty(0) if d_bias is None else d_bias
 
 
 @attend_tiles_backward.register_fake
 def _(d_out, d_lse, out, lse, q, k, v, *rest):
-    bias = rest[-4]
+    bias = rest[-5]
     contiguous = [x.new_empty(x.shape) for x in (q, k, v)]
     return (*contiguous, q.new_empty(0) if bias is None else bias.new_empty(bias.shape))
 
@@ -114,7 +110,7 @@ def _backward(ctx, d_out, d_lse):
         d_out, d_lse, out, lse, *tensors, scale, softcap, engine
     )
     has_bias = tensors[15] is not None
-    return d_q, d_k, d_v, *[None] * 12, d_bias if has_bias else None, None, None, None
+    return d_q, d_k, d_v, *[None] * 12, d_bias if has_bias else None, None, None, None, None
 
 
 attend_tiles.register_autograd(_backward, setup_context=_setup_context)

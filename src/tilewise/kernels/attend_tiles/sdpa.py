@@ -10,6 +10,8 @@ from tilewise.tiles import Partial
 
 def refuse(call: Call) -> str | None:
     """Why this call is not one for PyTorch's kernel."""
+    if call.pages is not None:
+        return "reads no pages"
     if call.tiles is not None:
         return "computes every tile, the call names some"
     if call.view.simple is None:

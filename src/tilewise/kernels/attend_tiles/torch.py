@@ -29,6 +29,7 @@ def run(call: Call) -> Partial:
 
 def forward(call: Call) -> Partial:
     """The operator's forward on this engine."""
+    call = call.gathered()
     p = Prepared.of(call)
     out = p.q.new_empty(p.units, p.height, p.v.shape[2])
     lse = p.q.new_full((p.units, p.height), -torch.inf)
