@@ -23,6 +23,7 @@ from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, TrueMass
 from tilewise.attention.selects import First, Mass, Own, TopK
 from tilewise.attention.sink_window import SinkWindow
 from tilewise.attention.stages import AsGiven, Layout, Recipe, Skip, Tiles
+from tilewise.attention.unified_max import FlatProducts, UnifiedMax, decode, measure_flat
 from tilewise.attention.xattention import XAttention
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Dense",
     "Explanation",
     "First",
+    "FlatProducts",
     "KernelizedRPE",
     "KeyConvolution",
     "LatentState",
@@ -60,6 +62,7 @@ __all__ = [
     "TopK",
     "Traffic",
     "TrueMass",
+    "UnifiedMax",
     "XAttention",
     "alibi_slopes",
     "as_method",
@@ -67,10 +70,12 @@ __all__ = [
     "attend_tiles",
     "best_height",
     "context_parallel_attend",
+    "decode",
     "explain",
     "io_cost",
     "kernelized_rpe",
     "lower_bound",
+    "measure_flat",
     "named",
     "plan",
     "rank_positions",

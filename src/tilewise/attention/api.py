@@ -61,7 +61,7 @@ def attend(
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_tensor(name, x, "[B, N, H, D]")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    view, added, scale = _bind(q, k, v, mask, bias, scale, softcap)
+    view, added, scale = bind(q, k, v, mask, bias, scale, softcap)
     plan = _plan(method, q, k, v, view, scale)
     q, k = _extend(q, k, bias, scale, softcap)
     partial = plan.run(q, k, v, bias=added, scale=scale, softcap=softcap, engine=engine, need_lse=return_lse)
@@ -87,7 +87,7 @@ def attend_tiles(
 
     The mask still holds within them. Raises as `attend` does, and ValueError for a map of other sizes.
     """
-    view, added, scale = _bind(q, k, v, mask, bias, scale, softcap)
+    view, added, scale = bind(q, k, v, mask, bias, scale, softcap)
     if not isinstance(tile_map, TileMap):
         raise TypeError(f"tile_map must be a TileMap, got {type(tile_map).__name__}")
     tile_map.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2], k.shape[1])
@@ -109,7 +109,7 @@ def plan(
 
     The plan can be given to `attend` in place of the method, for other values or to decide once for many calls.
     """
-    view, _, scale = _bind(q, k, k, mask, None, scale, None)
+    view, _, scale = bind(q, k, k, mask, None, scale, None)
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def explain(
     return_lse: bool = False,
 ) -> Explanation:
     """The engine that `attend` with the same arguments would run, and why each other one would not."""
-    view, added, scale = _bind(q, k, v, mask, bias, scale, softcap)
+    view, added, scale = bind(q, k, v, mask, bias, scale, softcap)
     made = _plan(method, q, k, v, view, scale)
     q, k = _extend(q, k, bias, scale, softcap)
     choices = made.explain(q, k, v, engine, bias=added, scale=scale, softcap=softcap, need_lse=return_lse)
@@ -171,7 +171,7 @@ def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scal
         return chosen.plan(q.detach(), k.detach(), view, scale)
 
 
-def _bind(q, k, v, mask, bias, scale, softcap) -> tuple[Visibility, Tensor | None, float]:
+def bind(q, k, v, mask, bias, scale, softcap) -> tuple[Visibility, Tensor | None, float]:
     """Check the arguments; the mask as a Visibility, what is added to scores as a tensor, the scale as a number.
 
     Float masks are added to the bias. Low-rank biases are left to `_extend`.

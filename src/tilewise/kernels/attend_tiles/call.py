@@ -25,6 +25,8 @@ class Call:
         pages: int64 `[B, P]` for a paged cache; k and v are then pools `[pages, H_kv, S, D]` of pages of S tokens,
             and entry j of row b is the page of sequence b's tokens j * S to (j + 1) * S - 1. `view` says how many
             tokens there are. None: k and v are the sequences themselves.
+        unified_max: a guess of the largest scaled score, by which an engine may take all partial softmaxes of a
+            decoding call, so that none waits for another's maximum; it changes nothing but rounding.
     """
 
     q: Tensor
@@ -39,6 +41,7 @@ class Call:
     softcap: float | None = None
     need_lse: bool = True
     pages: Tensor | None = None
+    unified_max: float | None = None
 
     def gathered(self) -> Call:
         """This call with paged keys and values copied into sequences; the call itself where there are no pages."""

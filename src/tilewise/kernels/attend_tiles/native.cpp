@@ -33,6 +33,9 @@ int tilewise_attend_forward(const void* call, char* message, int64_t room) {
   });
 }
 
+// Pieces of decoding that a unified maximum did not fit, since the last time this was asked.
+int64_t tilewise_recomputed_pieces() { return recomputed_pieces().exchange(0); }
+
 // Always fails, so that the way of an error to Python can be tested.
 int tilewise_fail(const void*, char* message, int64_t room) {
   return guarded(message, room, [] { throw std::runtime_error("asked to"); });

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import math
 import struct
 import warnings
 from functools import lru_cache
@@ -34,6 +35,8 @@ _KINDS = {
     torch.int8: 6,
 }
 _ABSENT = [0] * 10
+# Queries of a kv head up to which decoding goes by loops, by dtype; `tilewise.attention.measure_flat` sets it anew.
+STREAMED = {torch.float32: 2, torch.bfloat16: 2, torch.float16: 2}
 
 
 def refuse(call: Call) -> str | None:
@@ -70,7 +73,7 @@ def _library() -> ctypes.CDLL | str:
     except building.BuildFailed as reason:
         warnings.warn(f"tilewise runs without its native engine: {reason}", stacklevel=2)
         return str(reason)
-    if library.tilewise_call_words() != len(_ABSENT) * _GRIDS + 5:
+    if library.tilewise_call_words() != len(_ABSENT) * _GRIDS + 7:
         return "the compiled library and this version of Tilewise disagree"  # a wrong build would crash
     return library
 
@@ -108,8 +111,9 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
     words = array.array("q")
     for x in tensors:
         words.extend(_grid(x))
-    words.extend((q_size, k_size, torch.get_num_threads()))
-    words.extend(struct.unpack("2q", struct.pack("2d", call.scale, call.softcap or 0.0)))
+    words.extend((q_size, k_size, torch.get_num_threads(), STREAMED[call.q.dtype]))
+    unified = math.nan if call.unified_max is None else call.unified_max
+    words.extend(struct.unpack("3q", struct.pack("3d", call.scale, call.softcap or 0.0, unified)))
     return words
 
 

@@ -44,7 +44,7 @@ class Backward {
 
  private:
   Backward(const Call& call, const KeyAxis& axis, Span span)
-      : c_(call), flat_(call.keep && call.q_size < 32), depth_(product_depth<T>(call.depth())),
+      : c_(call), flat_(call.keep && call.q_size < TALL), depth_(product_depth<T>(call.depth())),
         values_(product_depth<T>(call.values())), axis_(axis), span_(span),
         keys_(c_, axis.chunks, span, arena_, FORMS) {
     cut_queries();
@@ -115,7 +115,8 @@ class Backward {
     const bool by_head = c_.d_bias && c_.d_bias.size[1] < c_.heads();
     const int64_t entries = (span_.last - 1) / c_.kv_heads() - span_.first / c_.kv_heads() + 1;
     const int64_t in_entry = std::min(c_.kv_heads(), span_.last - span_.first);
-    const int64_t at_once = by_batch && by_head ? 1 : by_batch ? in_entry : by_head ? entries : span_.last - span_.first;
+    const int64_t all = span_.last - span_.first;
+    const int64_t at_once = by_batch && by_head ? 1 : by_batch ? in_entry : by_head ? entries : all;
     parts_ = std::clamp<int64_t>((2 * c_.threads + at_once - 1) / at_once, 1, c_.threads);
     if (c_.d_bias && c_.d_bias.size[3] < c_.keys()) parts_ = 1;
     rounds_.resize((by_batch ? c_.batch() : 1) * (by_head ? c_.kv_heads() : 1));
@@ -184,7 +185,8 @@ class Backward {
       lse_[slot + i] = lse == -INF ? INF : lse;
       const S* out = c_.out.at<S>(p.b * c_.out.stride[0] + p.h * c_.out.stride[1] + t * c_.out.stride[2]);
       const S* d = c_.d_out.at<S>(p.b * c_.d_out.stride[0] + p.h * c_.d_out.stride[1] + t * c_.d_out.stride[2]);
-      delta_[slot + i] = dot(out, d, c_.values(), c_.out.stride[3], c_.d_out.stride[3]) - d_lses[t * c_.d_lse.stride[2]];
+      const float flow = dot(out, d, c_.values(), c_.out.stride[3], c_.d_out.stride[3]);
+      delta_[slot + i] = flow - d_lses[t * c_.d_lse.stride[2]];
       if (flat_) continue;
       p.limits.add(c_, lo, hi, t);
       load_row(c_.q, p.b, p.h, t, q + i * depth_, depth_);
@@ -253,7 +255,8 @@ class Backward {
 
   void add_gathered(const Job& job, int64_t h, int64_t chunk, const Scoring& how, BackwardBench<T>& w, float* d_k,
                     float* d_v) const {
-    const int64_t rows = w.places.size(), padded = round_up(rows, 16), slot = slots_[job.b * c_.heads() + h - span_.first * c_.group()];
+    const int64_t rows = w.places.size(), padded = round_up(rows, 16);
+    const int64_t slot = slots_[job.b * c_.heads() + h - span_.first * c_.group()];
     const int64_t lo = c_.base(c_.lo, job.b, h), hi = c_.base(c_.hi, job.b, h);
     w.limits.clear(c_.axes());
     for (int64_t place : w.places) w.limits.add(c_, lo, hi, q_token(job.b, h, place));

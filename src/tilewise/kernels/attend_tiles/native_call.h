@@ -7,6 +7,7 @@ namespace tilewise {
 
 constexpr int64_t ROWS = 128;    // queries in one strip: a product's rows
 constexpr int64_t KEYS = 128;    // keys in one chunk: a product's columns
+constexpr int64_t TALL = 32;     // query tiles at least this high are strips themselves
 constexpr int64_t FAR = int64_t(1) << 61, HIDDEN = -(int64_t(1) << 62);  // as in tiles/visibility.py
 
 // Field for field what native.py writes; every number is 64 bits wide.
@@ -14,7 +15,9 @@ struct Call {
   Grid q, k, v, lo, hi, pos, dense, keep, q_bounds, k_bounds, q_order, k_order, bias, out, lse;
   Grid d_out, d_lse, d_q, d_k, d_v, d_bias, pages;
   int64_t q_size, k_size, threads;
+  int64_t streamed;  // queries of a kv head up to which decoding goes by loops instead of products
   double scale, softcap;
+  double unified;    // one largest score for all partial softmaxes of decoding (FlashDecoding++); NaN for none
 
   // With `pages [batch, *]`, k and v are pools [pages, kv heads, tokens of a page, depth], and entry j of a batch
   // entry's row says in which page its tokens j * tokens to (j + 1) * tokens - 1 lie.

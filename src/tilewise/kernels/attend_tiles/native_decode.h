@@ -5,8 +5,11 @@
 // next begins ("stream-K", LeanAttention), so ragged batches keep every thread busy; what the parts of a head give
 // is merged by their log-sum-exp.
 //
-// Up to STREAMED queries go past every key and value once, in plain loops at the pace of the memory; more of them are
-// a product, where one read serves them all.
+// Up to `streamed` queries go past every key and value once, in plain loops at the pace of the memory; more of them
+// are a product, where one read serves them all. Which is faster from where on is measured by native.py.
+//
+// With a unified maximum (FlashDecoding++) no partial softmax looks for its own: sums need no rescaling and merge by
+// addition. A piece whose scores stray too far from it is computed again the usual way.
 #pragma once
 
 #include "native_forward.h"
@@ -15,7 +18,8 @@ namespace tilewise {
 
 constexpr int64_t FEW = 32;      // queries of a kv head that decode together
 constexpr int64_t LINE = 256;    // keys in one chunk
-constexpr int64_t STREAMED = 2;  // queries for which loops beat products
+constexpr int64_t MOST_STREAMED = 8;  // queries that loops can take
+constexpr float STRAY = 60;      // e^60 times any number of keys, and e^-60, are far from float32's limits
 constexpr int64_t PIECES = 4;    // parts of the work for each thread
 
 // scores[r][j] = queries[r] . keys[j] for one key, in float32.
@@ -41,6 +45,51 @@ inline void add_rows(const X* const* rows, const float* weights, int64_t count, 
     for (int64_t i = 0; i < n; ++i) out[i] += weights[j] * get(rows[j][i]);
 }
 
+inline std::atomic<int64_t>& recomputed_pieces() {
+  static std::atomic<int64_t> count{0};
+  return count;
+}
+
+// Softmax sums of the queries of a kv head, and whether they share the unified maximum.
+struct Sums {
+  Running state[FEW];
+  float seen[FEW];  // the largest score
+  bool unified;
+  float base;
+
+  Sums(bool one, float value) : unified(one), base(value) {
+    std::fill(seen, seen + FEW, -INF);
+    if (one) std::fill(state, state + FEW, Running{value, 0});
+  }
+
+  // Weights of n scores of query r; returns what earlier sums must be multiplied by.
+  template <typename T>
+  float weigh(int64_t r, const float* scores, T* weights, int64_t n, float factor) {
+    if (!unified) return tilewise::weigh(scores, weights, n, factor, state[r]);
+    float top = -INF, sum = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+      const float w = exp_of<false>(scores[j] * factor - base);
+      put_weight(weights[j], w);
+      sum += w;
+    }
+    seen[r] = std::max(seen[r], top * factor);
+    state[r].sum += sum;
+    return 1;
+  }
+
+  // Whether the unified maximum was near enough for `rows` queries; rows that saw nothing are then told so.
+  bool settle(int64_t rows) {
+    for (int64_t r = 0; r < rows && unified; ++r) {
+      if (seen[r] == -INF && state[r].sum == 0) state[r].top = -INF;
+      else if (!(std::fabs(seen[r] - base) <= STRAY)) return false;
+    }
+    return true;
+  }
+};
+
 inline bool decodes(const Call& c) { return c.group() * c.queries() <= FEW && c.keys() >= 1; }
 
 template <typename S, typename T>
@@ -64,7 +113,8 @@ class Decode {
   explicit Decode(const Call& call)
       : c_(call), rows_(call.group() * call.queries()), padded_rows_(round_up(rows_, 16)),
         depth_(product_depth<T>(call.depth())),
-        streamed_(rows_ <= STREAMED && call.k.stride[3] == 1 && call.v.stride[3] == 1), chunks_(chunk_all(c_, k_size(), LINE)) {}
+        streamed_(rows_ <= std::min(call.streamed, MOST_STREAMED) && call.k.stride[3] == 1 && call.v.stride[3] == 1),
+        chunks_(chunk_all(c_, k_size(), LINE)) {}
 
   int64_t heads() const { return c_.batch() * c_.kv_heads(); }
   // Without a map any cut will do; pages are not crossed, so that a chunk lies in one piece.
@@ -205,30 +255,40 @@ class Decode {
       if (c_.keep) w.keeps.push_back(kept(b, h, r));
     }
     if (streamed_) {
-      float* wide = w.memory[2].template take<float>(STREAMED * c_.depth());
+      float* wide = w.memory[2].template take<float>(MOST_STREAMED * c_.depth());
       for (int64_t r = 0; r < rows_; ++r)
         for (int64_t d = 0; d < c_.depth(); ++d) wide[r * c_.depth() + d] = get(rows[r * depth_ + d]);
     } else {
       pack_transposed(rows, depth_, rows_, padded_rows_, c_.depth(), queries);
     }
     float* outs = part(piece.slot);
-    std::memset(outs, 0, rows_ * values * sizeof(float));
-    Running state[FEW];
+    Sums sums(!std::isnan(c_.unified), static_cast<float>(c_.unified));
+    pass(piece, b, kv, how, queries, w, sums, outs);
+    if (!sums.settle(rows_)) {
+      ++recomputed_pieces();
+      sums = Sums(false, 0);
+      pass(piece, b, kv, how, queries, w, sums, outs);
+    }
+    float* ends = outs + rows_ * values;
+    for (int64_t r = 0; r < rows_; ++r) {
+      ends[2 * r] = sums.state[r].top;
+      ends[2 * r + 1] = sums.state[r].sum;
+    }
+  }
+
+  void pass(const Piece& piece, int64_t b, int64_t kv, const Scoring& how, const T* queries, Bench& w, Sums& sums,
+            float* outs) const {
+    std::memset(outs, 0, rows_ * c_.values() * sizeof(float));
     for (int64_t i = piece.first; i < piece.last; ++i) {
       const Live& live = live_[piece.head][i];
       const Chunk* next = i + 1 < piece.last ? &how.chunks.list[live_[piece.head][i + 1].chunk] : nullptr;
       if (!streamed_) {
-        add(b, kv, how, live, next, queries, w, state, outs);
+        add(b, kv, how, live, next, queries, w, sums, outs);
       } else if (rows_ == 1) {
-        stream<true>(b, kv, how, live, next, w, state, outs);
+        stream<true>(b, kv, how, live, next, w, sums, outs);
       } else {
-        stream<false>(b, kv, how, live, next, w, state, outs);
+        stream<false>(b, kv, how, live, next, w, sums, outs);
       }
-    }
-    float* ends = outs + rows_ * values;
-    for (int64_t r = 0; r < rows_; ++r) {
-      ends[2 * r] = state[r].top;
-      ends[2 * r + 1] = state[r].sum;
     }
   }
 
@@ -250,11 +310,11 @@ class Decode {
   // Each row asks for the row that the next loop reads at that place: values while keys are read, and the next
   // chunk's keys while values are.
   template <bool single>
-  void stream(int64_t b, int64_t kv, const Scoring& how, const Live& live, const Chunk* next, Bench& w, Running* state,
+  void stream(int64_t b, int64_t kv, const Scoring& how, const Live& live, const Chunk* next, Bench& w, Sums& sums,
               float* outs) const {
     const Chunk& at = how.chunks.list[live.chunk];
     const int64_t values = c_.values(), depth = c_.depth();
-    const float* queries = w.memory[2].template take<float>(STREAMED * depth);
+    const float* queries = w.memory[2].template take<float>(MOST_STREAMED * depth);
     float* scores = w.memory[3].template take<float>(LINE * FEW);
     float* wide = w.memory[4].template take<float>(8 * std::max(depth, values));
     const S *keys[LINE], *own[LINE], *later[LINE];
@@ -273,7 +333,7 @@ class Decode {
     if (!how.plain || live.sight == PARTIAL) finish(b, kv, how, live, w, scores);
     for (int64_t r = 0; r < rows_; ++r) {
       float *row = scores + r * LINE, *out = outs + r * values;
-      const float keep = weigh(row, row, at.width, how.plain ? how.scale : 1.f, state[r]);
+      const float keep = sums.weigh(r, row, row, at.width, how.plain ? how.scale : 1.f);
       if (keep != 1.f)
         for (int64_t d = 0; d < values; ++d) out[d] *= keep;
     }
@@ -307,8 +367,8 @@ class Decode {
            (std::is_same_v<T, float> || x.size[3] % 2 == 0) && x.stride[2] >= x.size[3];
   }
 
-  void add(int64_t b, int64_t kv, const Scoring& how, const Live& live, const Chunk* next, const T* queries, Bench& w, Running* state,
-           float* outs) const {
+  void add(int64_t b, int64_t kv, const Scoring& how, const Live& live, const Chunk* next, const T* queries, Bench& w,
+           Sums& sums, float* outs) const {
     const Chunk& at = how.chunks.list[live.chunk];
     const int64_t n = padded_rows_, values = c_.values(), width = product_depth<T>(values);
     float* turned = w.memory[2].template take<float>(LINE * FEW);
@@ -329,7 +389,7 @@ class Decode {
     float keep[FEW];
     const float factor = how.plain ? how.scale : 1.f;
     for (int64_t r = 0; r < rows_; ++r)
-      keep[r] = weigh(scores + r * LINE, weights + r * LINE, at.padded, factor, state[r]);
+      keep[r] = sums.weigh(r, scores + r * LINE, weights + r * LINE, at.padded, factor);
     if (next) foresee(c_.k, b, kv, *next);
     const T* right;
     ld = c_.v.stride[2];
@@ -345,8 +405,10 @@ class Decode {
       right = from;
     }
     product(rows_, values, at.padded, weights, LINE, right, ld, parts, values, false);
-    for (int64_t r = 0; r < rows_; ++r)
-      for (int64_t d = 0; d < values; ++d) outs[r * values + d] = outs[r * values + d] * keep[r] + parts[r * values + d];
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* out = outs + r * values;
+      for (int64_t d = 0; d < values; ++d) out[d] = out[d] * keep[r] + parts[r * values + d];
+    }
   }
 
   const T* copy(const Grid& x, int64_t b, int64_t kv, const Chunk& at, T* to, int64_t ld) const {

@@ -10,7 +10,6 @@
 namespace tilewise {
 
 constexpr int64_t BATCH = 512;      // keys whose scores are held at a time: 256 KiB
-constexpr int64_t TALL = 32;        // query tiles at least this high are strips themselves
 constexpr int64_t GATHERED = 1024;  // queries of flat tiles that are held together
 
 inline void put_weight(float& to, float x) { to = x; }
@@ -208,7 +207,8 @@ class Forward {
     }
     w.live.clear();
     w.sights.clear();
-    const bool* kept = c_.keep ? c_.keep.at<bool>(c_.base(c_.keep, job.b, job.h) + job.tile * c_.keep.stride[2]) : nullptr;
+    const int64_t row = c_.keep ? c_.base(c_.keep, job.b, job.h) + job.tile * c_.keep.stride[2] : 0;
+    const bool* kept = c_.keep ? c_.keep.at<bool>(row) : nullptr;
     const int64_t tiles = how.chunks.first.size() - 1;
     for (int64_t t = 0; t < tiles; ++t) {
       if (kept && !kept[t * c_.keep.stride[3]]) continue;

@@ -41,15 +41,15 @@ def pack(call: Call) -> tuple:
         q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
     grid = (call.q, call.k, call.v, view.lo, view.hi, view.pos, view.q_pos, view.dense)
     tiled = (keep, q_bounds, k_bounds, q_size, k_size, call.q_order, call.k_order)
-    return (*grid, *tiled, call.bias, call.pages, float(call.scale), float(call.softcap or 0.0))
+    return (*grid, *tiled, call.bias, call.pages, float(call.scale), float(call.softcap or 0.0), call.unified_max)
 
 
 def unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-           bias, pages, scale, softcap) -> Call:  # fmt: skip
+           bias, pages, scale, softcap, unified_max) -> Call:  # fmt: skip
     """The Call for the operator's arguments."""
     tiles = None if keep is None else TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
     view = Visibility(lo, hi, pos, q_pos, dense)
-    return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None, pages=pages)
+    return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None, pages=pages, unified_max=unified_max)
 
 
 @torch.library.custom_op("tilewise::attend_tiles", mutates_args=())
@@ -57,11 +57,11 @@ def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
     keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
     q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, pages: Tensor | None, scale: float,
-    softcap: float, engine: str,
+    softcap: float, unified_max: float | None, engine: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tilewise::attend_tiles`: out and lse of the packed call on the named engine."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-                  bias, pages, scale, softcap)  # fmt: skip
+                  bias, pages, scale, softcap, unified_max)  # fmt: skip
     out, lse = IMPLEMENTATIONS[engine].forward(call)
     return out, lse
 
@@ -78,24 +78,24 @@ def attend_tiles_backward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
     keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
     q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, pages: Tensor | None, scale: float,
-    softcap: float, engine: str,
+    softcap: float, unified_max: float | None, engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias of the packed call; that of the bias is empty where there is none."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-                  bias, pages, scale, softcap)  # fmt: skip
+                  bias, pages, scale, softcap, unified_max)  # fmt: skip
     d_q, d_k, d_v, d_bias = IMPLEMENTATIONS[engine].backward(call, Partial(out, lse), d_out, d_lse)
     return d_q, d_k, d_v, q.new_empty(0) if d_bias is None else d_bias
 
 
 @attend_tiles_backward.register_fake
 def _(d_out, d_lse, out, lse, q, k, v, *rest):
-    bias = rest[-5]
+    bias = rest[-6]
     contiguous = [x.new_empty(x.shape) for x in (q, k, v)]
     return (*contiguous, q.new_empty(0) if bias is None else bias.new_empty(bias.shape))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, scale, softcap, engine = inputs
+    *tensors, scale, softcap, _, engine = inputs
     sizes = tensors[11:13]
     del tensors[11:13]
     ctx.save_for_backward(*output, *tensors)
@@ -107,10 +107,10 @@ def _backward(ctx, d_out, d_lse):
     q_size, k_size, scale, softcap, engine = ctx.rest
     tensors[11:11] = [q_size, k_size]
     d_q, d_k, d_v, d_bias = torch.ops.tilewise.attend_tiles_backward(
-        d_out, d_lse, out, lse, *tensors, scale, softcap, engine
+        d_out, d_lse, out, lse, *tensors, scale, softcap, None, engine
     )
     has_bias = tensors[15] is not None
-    return d_q, d_k, d_v, *[None] * 12, d_bias if has_bias else None, None, None, None, None
+    return d_q, d_k, d_v, *[None] * 12, d_bias if has_bias else None, *[None] * 5
 
 
 attend_tiles.register_autograd(_backward, setup_context=_setup_context)
