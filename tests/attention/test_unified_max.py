@@ -107,9 +107,20 @@ def test_rows_that_see_nothing_and_masks():
     exact(q, k, v, mask).check({"out": out})
 
 
+def test_scale_and_softcap_are_those_of_attend():
+    q, k, v = qkv(1, 2, 1, 1, 100, dtype=torch.float32)
+    got = decode(q=q, k=k, v=v, unified_max=1.0, mask=None, scale=0.2, softcap=3.0, engine="native")
+    want = tilewise.attend(q, k, v, scale=0.2, softcap=3.0, engine="native")
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_calibration_says_when_no_maximum_fits():
     q, k, _ = qkv(1, 2, 1, 50, 60, d=8)
     assert UnifiedMax.calibrate(q, k).fits
+    assert (
+        UnifiedMax(value=0, lowest=-60, highest=60).fits
+        and not UnifiedMax(value=0, lowest=-61, highest=0).fits
+    )
     wide = torch.cat([q, 200 * q], 2)
     found = UnifiedMax.calibrate(wide, k)
     assert not found.fits and found.lowest < found.value < found.highest
@@ -121,13 +132,13 @@ def test_calibration_says_when_no_maximum_fits():
 def test_flat_products_go_by_what_was_measured():
     """The inflection is where loops stop winning; a loop that wins again later does not count."""
     rows = (1, 2, 4, 8)
-    assert FlatProducts(rows, (1, 1, 3, 9), (2, 2, 2, 2)).streamed == 2
+    assert FlatProducts(rows=rows, loops=(1, 1, 3, 9), products=(2, 2, 2, 2)).streamed == 2
     assert FlatProducts(rows, (3, 1, 1, 1), (2, 2, 2, 2)).streamed == 0
     assert FlatProducts(rows, (1, 1, 1, 1), (2, 2, 2, 2)).streamed == 8
     assert FlatProducts(rows, (1, 3, 1, 1), (2, 2, 2, 2)).streamed == 1
     before = native.STREAMED[torch.float32]
     try:
-        measured = measure_flat(keys=2048, rows=(1, 2, 8), repeats=2)
+        measured = measure_flat(dtype=torch.float32, head_dim=32, keys=2048, rows=(1, 2, 8), repeats=2)
         assert native.STREAMED[torch.float32] == measured.streamed
         assert min(measured.loops + measured.products) > 0
         q, k, v = qkv(1, 16, 2, 1, 700, d=24, dtype=torch.float32)
