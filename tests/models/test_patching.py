@@ -330,7 +330,7 @@ def test_attention_dropout_is_refused():
 
 
 def test_events_name_the_engine_that_ran():
-    """float64 is beyond the native engine and soft-capping beyond PyTorch's: such layers run elsewhere, and say so."""
+    """float64 is beyond the native engine, and soft-capping beyond PyTorch's: layers say what they ran on."""
     tokens = _tokens(60, batch=1)
     for name, dtype, engine in (
         ("llama", torch.float32, "native"),

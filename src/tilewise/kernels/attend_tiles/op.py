@@ -41,7 +41,15 @@ def pack(call: Call) -> tuple:
         q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
     grid = (call.q, call.k, call.v, view.lo, view.hi, view.pos, view.q_pos, view.dense)
     tiled = (keep, q_bounds, k_bounds, q_size, k_size, call.q_order, call.k_order)
-    return (*grid, *tiled, call.bias, call.pages, float(call.scale), float(call.softcap or 0.0), call.unified_max)
+    return (
+        *grid,
+        *tiled,
+        call.bias,
+        call.pages,
+        float(call.scale),
+        float(call.softcap or 0.0),
+        call.unified_max,
+    )
 
 
 def unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
@@ -49,7 +57,8 @@ def unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size,
     """The Call for the operator's arguments."""
     tiles = None if keep is None else TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
     view = Visibility(lo, hi, pos, q_pos, dense)
-    return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None, pages=pages, unified_max=unified_max)
+    rest = {"pages": pages, "unified_max": unified_max}
+    return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None, **rest)
 
 
 @torch.library.custom_op("tilewise::attend_tiles", mutates_args=())
