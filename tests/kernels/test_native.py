@@ -116,6 +116,14 @@ def test_non_finite_values_are_computed_as_pytorch_does(dtype, n_q):
         assert not want.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("n_q", [1, 5, 200])
+def test_nothing_but_nan_is_no_empty_row(n_q, dtype):
+    q, k, v = qkv(1, 2, 1, n_q, 700, dtype=dtype)
+    out, lse = tilewise.attend(q, k * torch.nan, v, mask="causal", engine="native", return_lse=True)
+    assert out.isnan().all() and lse.isnan().all()
+
+
 def test_large_and_small_scores():
     """Scores of many thousands overflow no exponential; the answer is that of the definition."""
     q, k, v = (100 * x for x in qkv(1, 2, 2, 150, d=16, dtype=torch.float32))
@@ -182,7 +190,13 @@ def test_lesser_machines_are_right_too(name):
 
 
 MEMORY = """
-import resource, sys, torch, tilewise
+import sys, torch, tilewise
+from pathlib import Path
+def peak(reset=False):
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
 n, grads = int(sys.argv[1]), sys.argv[2] == "grads"
 q, k, v = (torch.randn(1, 2, n, 32, requires_grad=grads) for _ in range(3))
 def run(x):
@@ -190,12 +204,13 @@ def run(x):
     if grads:
         torch.autograd.grad(out, x, torch.ones_like(out))
 run([x[:, :, :64] for x in (q, k, v)])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak(reset=True)
 run((q, k, v))
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("grads", ["", "grads"])
 def test_resident_memory_at_16384_is_linear(grads):
     """The engine's own memory does not pass through PyTorch's allocator, so the process's peak is measured."""
@@ -205,7 +220,7 @@ def test_resident_memory_at_16384_is_linear(grads):
     )
     assert done.returncode == 0, done.stderr
     used, tensor = int(done.stdout), 2 * n * 32 * 4  # bytes; one of q, k, v
-    assert used < (24 if grads else 8) * tensor + 16 * 2**20 < n * n
+    assert tensor / 2 < used < (24 if grads else 8) * tensor + 16 * 2**20 < n * n
 
 
 def test_one_answer_whatever_the_threads():

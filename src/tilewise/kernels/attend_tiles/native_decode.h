@@ -453,14 +453,17 @@ class Decode {
     std::vector<float> sum(values);
     for (int64_t r = 0; r < rows_; ++r) {
       float top = -INF, total = 0;
-      for (int64_t s = slot_of_[head]; s < slot_of_[head + 1]; ++s)
-        top = std::max(top, part(s)[rows_ * values + 2 * r]);
+      bool empty = true;  // a sum that is NaN has no largest score, and is not empty
+      for (int64_t s = slot_of_[head]; s < slot_of_[head + 1]; ++s) {
+        const float* ends = part(s) + rows_ * values + 2 * r;
+        top = std::max(top, ends[0]);
+        empty = empty && ends[0] == -INF && ends[1] == 0;
+      }
       std::fill(sum.begin(), sum.end(), 0.f);
-      const bool empty = top == -INF;
       for (int64_t s = slot_of_[head]; s < slot_of_[head + 1] && !empty; ++s) {
         const float* ends = part(s) + rows_ * values + 2 * r;
         const float share = std::exp(ends[0] - top);
-        if (ends[0] == -INF) continue;
+        if (ends[0] == -INF && ends[1] == 0) continue;
         total += share * ends[1];
         for (int64_t d = 0; d < values; ++d) sum[d] += share * part(s)[r * values + d];
       }

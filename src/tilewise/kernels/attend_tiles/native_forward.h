@@ -286,7 +286,7 @@ class Forward {
     for (int64_t i = 0; i < job.end - job.start; ++i) {
       const int64_t t = q_token(job, job.start + i);
       const Running& state = w.state[i];
-      const bool empty = state.top == -INF;
+      const bool empty = state.top == -INF && state.sum == 0;  // NaN scores have no largest either
       const float share = empty ? 0.f : 1.f / state.sum;
       S* out = outs + t * c_.out.stride[2];
       for (int64_t d = 0; d < values; ++d) put(out[d], w.outs[i * values + d] * share);
