@@ -110,8 +110,9 @@ def doctor() -> None:
 
     for name, value in examination.facts().items():
         typer.echo(f"{name:<14}{value}")
-    checks = examination.self_test()
-    for check in checks:
+    passed = True
+    for check in examination.self_test():
         typer.echo(check.line())
-    if not all(check.passed for check in checks):
+        passed = passed and check.passed
+    if not passed:
         raise typer.Exit(1)

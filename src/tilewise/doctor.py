@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 
@@ -48,10 +49,11 @@ class Check:
         return f"{self.operator}, {self.engine}: {'works' if self.passed else 'FAILED'}, {result}{speed}"
 
 
-def self_test() -> list[Check]:
+def self_test() -> Iterator[Check]:
     """Causal attention through every engine, float32, grouped heads, a length no tile divides.
 
     An engine may err twice as much as the definition itself does in float32. One that is right is timed as well.
+    Yields each check when it is done; engines that compile themselves take seconds.
     """
     import tilewise
     from tilewise import kernels
@@ -69,7 +71,6 @@ def self_test() -> list[Check]:
         return ((attend(engine, torch.float32) - exact).norm() / exact.norm()).item()
 
     allowed = 2 * error("definition")
-    checks = []
     for engine in kernels.engines():
         check = Check("attention", engine, allowed=allowed)
         try:
@@ -80,8 +81,7 @@ def self_test() -> list[Check]:
             check = replace(check, refused=str(refusal))
         except _FAILURES as failure:
             check = replace(check, failure=f"{type(failure).__name__}: {failure}".partition("\n")[0])
-        checks.append(check)
-    return checks
+        yield check
 
 
 def speed_of(engine: str, n: int = 1024) -> float:

@@ -160,7 +160,7 @@ def test_explain_names_the_engine_that_runs_and_why_no_other(name, engine, optio
     tilewise.attend(q, k, v, METHODS[name], mask="causal", engine=engine, **options)
     assert ran == [chosen for chosen, _ in why.passes]
     for chosen, refused in why.passes:
-        assert set(refused) == set(ENGINES) - {chosen}
+        assert set(refused) == set(kernel.ENGINES) - {chosen}
         assert all(reason.strip() for reason in refused.values())
         assert chosen != "definition" or engine == "definition"
         assert all(reason in str(why) and other in str(why) for other, reason in refused.items())

@@ -32,7 +32,9 @@ from tilewise.attention import (
 from tilewise.kernels import EngineRefused
 from tilewise.kernels.attend_tiles import ENGINES as ENGINE_TABLE
 
-ENGINES = list(ENGINE_TABLE)
+# Engines that take minutes over the whole suite (an interpreter, a compiler for each shape) have one of their own.
+OWN_SUITES = {"triton": "tests/kernels/test_triton.py", "flex": "tests/kernels/test_flex.py"}
+ENGINES = [engine for engine in ENGINE_TABLE if engine not in OWN_SUITES]
 # The widest format of each engine that stops short of float64; tests give it their float64 inputs rounded to it.
 WIDEST = {"native": torch.float32}
 LOW = (torch.float32, torch.bfloat16, torch.float16)

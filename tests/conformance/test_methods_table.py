@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import tilewise
-from tests.conformance.common import ENGINES, FULL, METHODS, cases, grid, qkv
+from tests.conformance.common import ENGINES, FULL, METHODS, OWN_SUITES, cases, grid, qkv
 from tilewise.attention import Method, named, plan
 from tilewise.kernels import engines
 
@@ -25,8 +28,11 @@ def test_a_method_without_settings_is_noticed(monkeypatch):
 
 
 def test_engines_are_those_of_the_kernel():
-    assert engines() == ENGINES
-    assert {"torch", "definition"} <= set(ENGINES)
+    assert set(engines()) == {*ENGINES, *OWN_SUITES} and not set(ENGINES) & set(OWN_SUITES)
+    assert {"native", "torch", "definition"} <= set(ENGINES)
+    root = Path(__file__).parents[2]
+    for engine, suite in OWN_SUITES.items():
+        assert re.search(rf"attend_tiles import .*\b{engine}\b", (root / suite).read_text()), suite
 
 
 def test_the_small_settings_leave_tiles_out():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tilewise.kernels import Choice, Engine, choose
-from tilewise.kernels.attend_tiles import definition, native, sdpa
+from tilewise.kernels.attend_tiles import definition, flex, native, sdpa, triton
 from tilewise.kernels.attend_tiles import torch as torch_engine
 from tilewise.kernels.attend_tiles.call import Call
 from tilewise.tiles import Partial
@@ -16,7 +16,9 @@ from tilewise.tiles import Partial
 ENGINES: Mapping[str, Engine] = {
     "native": native,
     "sdpa": sdpa,
+    "triton": triton,
     "torch": torch_engine,
+    "flex": flex,
     "definition": definition,
 }
 
