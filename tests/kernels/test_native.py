@@ -132,6 +132,53 @@ def test_large_and_small_scores():
     want.check({"out": tilewise.attend(q, k, v, mask="causal", engine="native")})
 
 
+@pytest.mark.parametrize("tile", [None, (1, 16), (40, 24)], ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("rise", [3, 30, 3000])
+def test_scores_that_rise_along_the_keys(rise, dtype, tile):
+    """Weights are relative to a base taken early; each later key outweighs all before it, here again and again."""
+    q, k, v = qkv(1, 2, 2, 150, 700, d=16, dtype=dtype)
+    q[..., 0], k[..., 0] = 4, rise * torch.linspace(-1, 1, 700)
+    keep = torch.rand(1, 2, -(-150 // tile[0]), -(-700 // tile[1])) > 0.3 if tile else None
+    plan = _plan(Causal(), 150, 700, None if keep is None else TileMap.from_mask(keep, tile))
+    got = plan.run(q, k, v, scale=16**-0.5, engine="native")
+    want = exact(q, k, v, grid(plan, 1, 2, 150, 700))
+    want.check({"out": got.out})
+    assert torch.allclose(got.lse.double(), want.lse, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_a_query_is_the_same_bits_whatever_others_score(dtype):
+    """Queries share a block of scores; when one of them must raise its base, nothing changes for the others."""
+    q, k, v = qkv(1, 1, 1, 128, 900, d=16, dtype=dtype)
+    before = tilewise.attend(q, k, v, engine="native", return_lse=True)
+    q[:, :, 5], k[:, :, 400:, 0] = 300 * q[:, :, 5].sign(), 1
+    k[:, :, :400, 0] = 1
+    others = torch.arange(128) != 5
+    first = tilewise.attend(q, k, v, engine="native", return_lse=True)
+    q[:, :, 5] = 0
+    second = tilewise.attend(q, k, v, engine="native", return_lse=True)
+    for x, y in zip(first, second):
+        assert torch.equal(x[:, :, others], y[:, :, others]) and not torch.equal(x[:, :, 5], y[:, :, 5])
+    assert not torch.equal(before.out, first.out)
+
+
+@pytest.mark.parametrize("n_q", [1, 5, 150])
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -3e38, -1e30, -1e5], ids=str)
+def test_a_bias_that_stands_for_minus_infinity(low, n_q):
+    """Keys hidden by a huge finite bias weigh nothing beside others, and all the same where all are."""
+    q, k, v = qkv(1, 2, 2, n_q, 300, d=16, dtype=torch.float32)
+    bias = torch.zeros(1, 1, n_q, 300)
+    bias[..., 100:] = low
+    hidden = bias.clone()
+    hidden[:, :, : n_q // 2 + 1] = low
+    for added in (bias, hidden):
+        got = tilewise.attend(q, k, v, bias=added, engine="native")
+        scores = (q.double() @ k.double().mT / 4).float() + added
+        want = torch.softmax(scores.double(), -1) @ v.double()
+        assert (got - want).abs().max() < 1e-5
+
+
 def test_softcap_near_zero_and_far_out():
     """tanh has two branches; both and their border are right to float32."""
     q = torch.cat([torch.linspace(-40, 40, 4001), torch.linspace(-0.9, 0.9, 4001)]).view(1, 1, -1, 1)

@@ -21,6 +21,7 @@
 #include <new>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace tilewise {
@@ -136,6 +137,86 @@ inline float tanh_of(float x) {
   return a > 10.f ? std::copysign(1.f, x) : a <= 10.f ? std::copysign(t, x) : x;
 }
 
+// -------------------------------------------------------------------------------------------------- vectors
+// Several numbers at once, as many as one register holds, in the compiler's own vector types.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t HalfWords __attribute__((vector_size(LANES * 2)));
+
+template <typename To, typename From>
+inline To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V to;
+  std::memcpy(&to, from, sizeof(V));
+  return to;
+}
+
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+inline void store(BFloat16* to, Floats x) {  // rounded half up; some NaNs become 0
+  const HalfWords high = __builtin_convertvector((same_bits<Words>(x) + 0x8000u) >> 16, HalfWords);
+  std::memcpy(static_cast<void*>(to), &high, sizeof(high));
+}
+
+// The upper halves of both, one after the other.
+template <size_t... I>
+inline auto upper_halves(Floats x, Floats y, std::index_sequence<I...>) {
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 4)));
+  return __builtin_shufflevector(same_bits<Halves>(x), same_bits<Halves>(y), (2 * I + 1)...);
+}
+inline void store(float* to, Floats x, Floats y) {
+  store(to, x);
+  store(to + LANES, y);
+}
+inline void store(BFloat16* to, Floats x, Floats y) {
+  const Floats up = same_bits<Floats>(same_bits<Words>(x) + 0x8000u), down = same_bits<Floats>(same_bits<Words>(y) + 0x8000u);
+  const auto both = upper_halves(up, down, std::make_index_sequence<2 * LANES>());
+  std::memcpy(static_cast<void*>(to), &both, sizeof(both));
+}
+
+inline float largest_of(Floats x) {  // NaNs are left out
+  float top = -INF;
+  for (int64_t i = 0; i < LANES; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+inline float sum_of(Floats x) {
+  float sum = 0;
+  for (int64_t i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
+}
+
+// 2^x for x at most some 100, to 1 unit in the last place; `brief` to 8e-5, for results that are rounded to 8 bits.
+// Below 2^-126 the result is 0, so 2^-inf is 0; NaN stays NaN.
+template <bool brief>
+inline Floats exp2_of(Floats x) {
+  constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Floats shifted = x + SHIFT, r = x - (shifted - SHIFT);
+  Floats p;
+  if constexpr (brief) {
+    p = 0.9999280736f + r * (0.6932609862f + r * (0.2426111219f + r * 0.0551716649f));
+  } else {
+    p = 0.2402264689f + r * (0.0555032878f + r * (0.0096184890f + r * (0.0013399931f + r * 0.0001534581f)));
+    p = 1.f + r * (0.6931472057f + r * p);
+  }
+  const Ints bits = same_bits<Ints>(p) + (same_bits<Ints>(shifted) << 23);  // the integer, added to the exponent
+  return same_bits<Floats>(x < -126.f ? Ints{} : bits);
+}
+
 // ----------------------------------------------------------------------------------------- matrix products
 // c [m, n] (+)= a [m, k] b [k, n], row by row; b in bfloat16 is packed in pairs of rows, [k / 2, n, 2].
 template <typename T>
@@ -175,22 +256,35 @@ inline bool has_bfloat16_products() {
 }
 
 // ----------------------------------------------------------------------------------------------- packing
-// to [units, width] = from [width, units] transposed. Rows `rows`..width - 1 count as 0.
+// Swaps, in a square of LANES rows of words, the blocks of STEP words beside its diagonal; done for every power of two
+// below LANES, the square is transposed.
+template <int64_t STEP, size_t... I>
+inline void swap_blocks(Words* rows, std::index_sequence<I...>) {
+  for (int64_t i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const Words x = rows[i], y = rows[i + STEP];
+    rows[i] = __builtin_shufflevector(x, y, (I & STEP ? LANES + I - STEP : I)...);
+    rows[i + STEP] = __builtin_shufflevector(x, y, (I & STEP ? LANES + I : I + STEP)...);
+  }
+  if constexpr (STEP > 1) swap_blocks<STEP / 2>(rows, std::index_sequence<I...>());
+}
+
+// to [units, width] = from [width, units] transposed, words of 32 or 16 bits. Rows `rows`..width - 1 count as 0.
 template <typename Word>
 inline void transpose(const Word* from, int64_t ld, int64_t rows, int64_t width, int64_t units, Word* to,
                       int64_t ld_to) {
-  constexpr int64_t STEP = 16;
-  for (int64_t r = 0; r < width; r += STEP) {
-    const int64_t height = std::min(STEP, width - r), real = std::clamp<int64_t>(rows - r, 0, height);
-    for (int64_t u = 0; u < units; u += STEP) {
-      const int64_t wide = std::min(STEP, units - u);
-      if (real == STEP && wide == STEP) {
-        Word block[STEP][STEP];
-        for (int64_t i = 0; i < STEP; ++i)
-          for (int64_t j = 0; j < STEP; ++j) block[i][j] = from[(r + i) * ld + u + j];
-        for (int64_t j = 0; j < STEP; ++j)
-          for (int64_t i = 0; i < STEP; ++i) to[(u + j) * ld_to + r + i] = block[i][j];
-        continue;
+  for (int64_t r = 0; r < width; r += LANES) {
+    const int64_t height = std::min(LANES, width - r), real = std::clamp<int64_t>(rows - r, 0, height);
+    for (int64_t u = 0; u < units; u += LANES) {
+      const int64_t wide = std::min(LANES, units - u);
+      if constexpr (sizeof(Word) == sizeof(uint32_t)) {
+        if (real == LANES && wide == LANES) {
+          Words square[LANES];
+          for (int64_t i = 0; i < LANES; ++i) square[i] = load<Words>(from + (r + i) * ld + u);
+          swap_blocks<LANES / 2>(square, std::make_index_sequence<LANES>());
+          for (int64_t i = 0; i < LANES; ++i) std::memcpy(to + (u + i) * ld_to + r, &square[i], sizeof(Words));
+          continue;
+        }
       }
       for (int64_t j = 0; j < wide; ++j)
         for (int64_t i = 0; i < height; ++i)
@@ -205,7 +299,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // The right operand of a product from its transpose: rows [width, depth] become b [depth, width].
 // `rows` of them are real; `ld` is at least the even depth, and words past the depth must be 0.
 inline void pack_transposed(const float* from, int64_t ld, int64_t rows, int64_t width, int64_t depth, float* to) {
-  transpose(from, ld, rows, width, depth, to, width);
+  transpose(reinterpret_cast<const uint32_t*>(from), ld, rows, width, depth, reinterpret_cast<uint32_t*>(to), width);
 }
 inline void pack_transposed(const BFloat16* from, int64_t ld, int64_t rows, int64_t width, int64_t depth,
                             BFloat16* to) {

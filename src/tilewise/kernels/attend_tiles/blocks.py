@@ -217,10 +217,13 @@ class Prepared:
 
     def bias_index(self, block: Block) -> Tensor:
         """Where each score's bias lies in the flattened bias, `[r, m, w]`."""
-        return self.token_index(block, given(self.call.bias), block.tiles.shape[1])
+        return self.token_index(block, given(self.call.bias), block.tiles.shape[1], self.call.bias_rows)
 
-    def token_index(self, block: Block, grid: Tensor, columns: int) -> Tensor:
-        """Flat index into a contiguous `grid [B|1, H|1, N_q|1, N_k|1]` for the block's first tile columns."""
+    def token_index(self, block: Block, grid: Tensor, columns: int, rows: int = 1) -> Tensor:
+        """Flat index into a contiguous `grid [B|1, H|1, N_q|1, N_k|1]` for the block's first tile columns.
+
+        With `rows`, that many consecutive queries share a row of the grid.
+        """
         call = self.call
         b, heads, n_q, _ = call.q.shape
         n_k = call.k.shape[2]
@@ -235,7 +238,7 @@ class Prepared:
         ]
         r = len(units)
         start = (row // heads) * stride[0] + (row % heads) * stride[1]  # [r, u]
-        queries = (start.unsqueeze(-1) + q_token[:, :, block.rows] * stride[2]).view(r, -1, 1)
+        queries = (start.unsqueeze(-1) + q_token[:, :, block.rows] // rows * stride[2]).view(r, -1, 1)
         return queries + (k_token * stride[3]).view(r, 1, -1)
 
     def cut_queries(self, x: Tensor) -> Tensor:

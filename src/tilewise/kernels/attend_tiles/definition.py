@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tilewise.kernels.attend_tiles.call import Call
+from tilewise.kernels.attend_tiles.call import Call, rounded
 from tilewise.tiles import Partial, TileMap, Tiling
 from tilewise.tiles.visibility import to_heads
 
@@ -20,7 +20,7 @@ def refuse(call: Call) -> str | None:
 
 def run(call: Call) -> Partial:
     """Attention over the kept tiles of `call`, by its formula."""
-    call = call.gathered()
+    call = call.gathered().dequantised()
     heads = call.q.shape[1]
     wide = call.q.dtype if call.q.dtype == torch.float64 else torch.float32
     k = to_heads(call.k, heads).to(wide)
@@ -29,7 +29,8 @@ def run(call: Call) -> Partial:
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.bias is not None:
-        scores = scores + call.bias.to(wide)
+        rows = call.bias.repeat_interleave(call.bias_rows, 2)
+        scores = scores + rows[:, :, : call.q.shape[2]].to(wide)
     seen = to_heads(call.view.tokens(), heads)
     if call.tiles is not None:
         seen = seen & kept_tokens(call, call.tiles)
@@ -37,7 +38,10 @@ def run(call: Call) -> Partial:
     empty = (scores == -torch.inf).all(-1, keepdim=True)  # rows that see nothing: out 0, lse -inf, gradient 0
     lse = torch.logsumexp(scores.masked_fill(empty, 0), -1).masked_fill(empty[..., 0], -torch.inf)
     weights = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
-    return Partial((weights @ v).to(call.q.dtype), lse)
+    if call.weights is not None:
+        top = weights.amax(-1, keepdim=True).masked_fill(empty, 1)
+        weights = rounded(weights / top, call.weights) * top
+    return Partial((weights @ v).to(call.v.dtype), lse)
 
 
 def kept_tokens(call: Call, tiles: TileMap) -> Tensor:

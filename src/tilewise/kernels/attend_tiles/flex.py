@@ -49,6 +49,8 @@ def refuse(call: Call) -> str | None:
     q, tiles = call.q, call.tiles
     if torch.compiler.is_compiling():
         return "is compiled by itself, not inside torch.compile"
+    if call.q_scale is not None or call.weights is not None or call.bias_rows != 1:
+        return "multiplies no quantised operands"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"has no {str(q.dtype).removeprefix('torch.')}"
     if not q.numel() or not call.k.numel():

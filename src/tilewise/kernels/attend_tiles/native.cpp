@@ -9,7 +9,7 @@ using namespace tilewise;
 // Calls work.operator()<S, T>() for the stored format S and the format T of the products.
 template <typename Work>
 void by_format(const Call& c, const Work& work) {
-  switch (c.q.kind) {
+  switch (c.v.kind) {
     case FLOAT32: return work.template operator()<float, float>();
     case FLOAT16: return work.template operator()<Half, float>();
     default:

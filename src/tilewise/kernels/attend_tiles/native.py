@@ -43,8 +43,12 @@ def refuse(call: Call) -> str | None:
     """Why this engine cannot run the call."""
     if call.q.device.type != "cpu":
         return f"runs on CPUs, the call's tensors are on {call.q.device.type}"
-    if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"computes in float32 at most, the call is in {call.q.dtype}"
+    if call.v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32 at most, the call is in {call.v.dtype}"
+    if call.q_scale is not None:
+        return "not yet"
+    if call.weights is not None:
+        return f"does not round weights to {call.weights}"
     if call.bias is not None and call.bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes a bias in float32 at most, the call's is in {call.bias.dtype}"
     return unavailable()
@@ -73,7 +77,7 @@ def _library() -> ctypes.CDLL | str:
     except building.BuildFailed as reason:
         warnings.warn(f"tilewise runs without its native engine: {reason}", stacklevel=2)
         return str(reason)
-    if library.tilewise_call_words() != len(_ABSENT) * _GRIDS + 7:
+    if library.tilewise_call_words() != len(_ABSENT) * _GRIDS + 9:
         return "the compiled library and this version of Tilewise disagree"  # a wrong build would crash
     return library
 
@@ -84,7 +88,7 @@ def multiplies_bfloat16() -> bool:
     return not isinstance(library, str) and bool(library.tilewise_bfloat16_products())
 
 
-_GRIDS = 22
+_GRIDS = 24
 
 
 def _grid(x: Tensor | None) -> list[int]:
@@ -107,11 +111,12 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
     tensors = [call.q, call.k, call.v, view.lo, view.hi, view.pos, view.dense, keep, q_bounds, k_bounds,
                call.q_order, call.k_order, call.bias]  # fmt: skip
     tensors += [made.get(x) for x in ("out", "lse", "d_out", "d_lse", "d_q", "d_k", "d_v", "d_bias")]
-    tensors.append(call.pages)
+    tensors += [call.pages, call.q_scale, call.k_scale]
     words = array.array("q")
     for x in tensors:
         words.extend(_grid(x))
-    words.extend((q_size, k_size, torch.get_num_threads(), STREAMED[call.q.dtype]))
+    threads = torch.get_num_threads()
+    words.extend((q_size, k_size, threads, STREAMED[call.v.dtype], call.bias_rows, not call.need_lse))
     unified = math.nan if call.unified_max is None else call.unified_max
     words.extend(struct.unpack("3q", struct.pack("3d", call.scale, call.softcap or 0.0, unified)))
     return words
@@ -127,8 +132,8 @@ def _call(entry: str, words: array.array) -> None:
 def forward(call: Call) -> Partial:
     """The operator's forward on this engine."""
     b, heads, n_q, _ = call.q.shape
-    out = call.q.new_empty(b, heads, n_q, call.v.shape[3])
-    lse = call.q.new_empty(b, heads, n_q, dtype=torch.float32)
+    out = call.v.new_empty(b, heads, n_q, call.v.shape[3])
+    lse = call.v.new_empty(b, heads, n_q, dtype=torch.float32)
     if out.numel() or lse.numel():
         _call("tilewise_attend_forward", _words(call, out=out, lse=lse))
     return Partial(out, lse)
@@ -138,11 +143,10 @@ def backward(
     call: Call, result: Partial, d_out: Tensor, d_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and, where there is one, the bias."""
+    call.refuse_gradients()
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
     bias = call.bias
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
-    if call.pages is not None:
-        raise ValueError("a paged cache takes no gradients")
     if call.q.numel() and call.k.numel():
         made = {"out": result.out, "lse": result.lse, "d_out": d_out.to(call.q.dtype), "d_lse": d_lse.float()}
         _call("tilewise_attend_backward", _words(call, **made, d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias))

@@ -13,9 +13,11 @@ constexpr int64_t FAR = int64_t(1) << 61, HIDDEN = -(int64_t(1) << 62);  // as i
 // Field for field what native.py writes; every number is 64 bits wide.
 struct Call {
   Grid q, k, v, lo, hi, pos, dense, keep, q_bounds, k_bounds, q_order, k_order, bias, out, lse;
-  Grid d_out, d_lse, d_q, d_k, d_v, d_bias, pages;
+  Grid d_out, d_lse, d_q, d_k, d_v, d_bias, pages, q_scale, k_scale;
   int64_t q_size, k_size, threads;
-  int64_t streamed;  // queries of a kv head up to which decoding goes by loops instead of products
+  int64_t streamed;   // queries of a kv head up to which decoding goes by loops instead of products
+  int64_t bias_rows;  // consecutive queries that share a row of the bias
+  int64_t brief;      // nobody asked for the log-sum-exp: 1e-4 is enough for weights that are rounded to 8 bits
   double scale, softcap;
   double unified;    // one largest score for all partial softmaxes of decoding (FlashDecoding++); NaN for none
 
@@ -62,7 +64,7 @@ struct Chunk {
   int64_t tile, start, width, padded, offset;
 };
 
-inline int64_t padded_width(int64_t width) { return round_up(width, width <= 16 ? 4 : 16); }
+inline int64_t padded_width(int64_t width) { return round_up(width, 16); }
 
 struct Chunks {
   std::vector<Chunk> list;
@@ -151,6 +153,31 @@ struct Limits {
       hi_max[a] = std::max(hi_max[a], u);
     }
     tokens[rows++] = t;
+  }
+
+  // Tokens first to last - 1 at once, in their own order.
+  void add_run(const Call& c, int64_t lo_base, int64_t hi_base, int64_t first, int64_t last) {
+    if (c.axes() != 1 || c.lo.stride[2] != 1 || c.hi.stride[2] != 1) {
+      for (int64_t t = first; t < last; ++t) add(c, lo_base, hi_base, t);
+      return;
+    }
+    const int64_t *l = c.lo.at<int64_t>(lo_base + first), *u = c.hi.at<int64_t>(hi_base + first);
+    const int64_t n = last - first;
+    int64_t low = lo_min[0], low_top = lo_max[0], high_bottom = hi_min[0], high = hi_max[0];
+    for (int64_t i = 0; i < n; ++i) {
+      lo[rows + i] = l[i];
+      hi[rows + i] = u[i];
+      tokens[rows + i] = first + i;
+      low = std::min(low, l[i]);
+      low_top = std::max(low_top, l[i]);
+      high_bottom = std::min(high_bottom, u[i]);
+      high = std::max(high, u[i]);
+    }
+    lo_min[0] = low;
+    lo_max[0] = low_top;
+    hi_min[0] = high_bottom;
+    hi_max[0] = high;
+    rows += n;
   }
 };
 

@@ -22,6 +22,34 @@ constexpr int64_t MOST_STREAMED = 8;  // queries that loops can take
 constexpr float STRAY = 60;      // e^60 times any number of keys, and e^-60, are far from float32's limits
 constexpr int64_t PIECES = 4;    // parts of the work for each thread
 
+inline void put_weight(float& to, float x) { to = x; }
+inline void put_weight(BFloat16& to, float x) { to.x = static_cast<uint16_t>((bits_of(x) + 0x8000u) >> 16); }
+
+// Running state of one query: the largest score so far and the sum of weights.
+struct Running {
+  float top = -INF, sum = 0;
+};
+
+// Weights of n scores, scaled by `factor`; returns what the sums before them must be multiplied by.
+template <typename T>
+inline float weigh_row(const float* scores, T* weights, int64_t n, float factor, Running& state) {
+  float top = -INF;
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
+  top = std::max(state.top, top * factor);
+  const float base = top == -INF ? 0.f : top;
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const float w = exp_of<std::is_same_v<T, BFloat16>>(scores[j] * factor - base);
+    put_weight(weights[j], w);
+    sum += w;
+  }
+  const float keep = exp_of<false>(state.top - base);
+  state = {top, state.sum * keep + sum};
+  return keep;
+}
+
 // scores[r][j] = queries[r] . keys[j] for one key, in float32.
 template <typename X>
 inline float dot(const X* key, const float* query, int64_t n) {
@@ -51,13 +79,13 @@ inline std::atomic<int64_t>& recomputed_pieces() {
 }
 
 // Softmax sums of the queries of a kv head, and whether they share the unified maximum.
-struct Sums {
+struct HeadSums {
   Running state[FEW];
   float seen[FEW];  // the largest score
   bool unified;
   float base;
 
-  Sums(bool one, float value) : unified(one), base(value) {
+  HeadSums(bool one, float value) : unified(one), base(value) {
     std::fill(seen, seen + FEW, -INF);
     if (one) std::fill(state, state + FEW, Running{value, 0});
   }
@@ -65,7 +93,7 @@ struct Sums {
   // Weights of n scores of query r; returns what earlier sums must be multiplied by.
   template <typename T>
   float weigh(int64_t r, const float* scores, T* weights, int64_t n, float factor) {
-    if (!unified) return tilewise::weigh(scores, weights, n, factor, state[r]);
+    if (!unified) return weigh_row(scores, weights, n, factor, state[r]);
     float top = -INF, sum = 0;
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
@@ -262,11 +290,11 @@ class Decode {
       pack_transposed(rows, depth_, rows_, padded_rows_, c_.depth(), queries);
     }
     float* outs = part(piece.slot);
-    Sums sums(!std::isnan(c_.unified), static_cast<float>(c_.unified));
+    HeadSums sums(!std::isnan(c_.unified), static_cast<float>(c_.unified));
     pass(piece, b, kv, how, queries, w, sums, outs);
     if (!sums.settle(rows_)) {
       ++recomputed_pieces();
-      sums = Sums(false, 0);
+      sums = HeadSums(false, 0);
       pass(piece, b, kv, how, queries, w, sums, outs);
     }
     float* ends = outs + rows_ * values;
@@ -276,7 +304,7 @@ class Decode {
     }
   }
 
-  void pass(const Piece& piece, int64_t b, int64_t kv, const Scoring& how, const T* queries, Bench& w, Sums& sums,
+  void pass(const Piece& piece, int64_t b, int64_t kv, const Scoring& how, const T* queries, Bench& w, HeadSums& sums,
             float* outs) const {
     std::memset(outs, 0, rows_ * c_.values() * sizeof(float));
     for (int64_t i = piece.first; i < piece.last; ++i) {
@@ -310,7 +338,7 @@ class Decode {
   // Each row asks for the row that the next loop reads at that place: values while keys are read, and the next
   // chunk's keys while values are.
   template <bool single>
-  void stream(int64_t b, int64_t kv, const Scoring& how, const Live& live, const Chunk* next, Bench& w, Sums& sums,
+  void stream(int64_t b, int64_t kv, const Scoring& how, const Live& live, const Chunk* next, Bench& w, HeadSums& sums,
               float* outs) const {
     const Chunk& at = how.chunks.list[live.chunk];
     const int64_t values = c_.values(), depth = c_.depth();
@@ -368,7 +396,7 @@ class Decode {
   }
 
   void add(int64_t b, int64_t kv, const Scoring& how, const Live& live, const Chunk* next, const T* queries, Bench& w,
-           Sums& sums, float* outs) const {
+           HeadSums& sums, float* outs) const {
     const Chunk& at = how.chunks.list[live.chunk];
     const int64_t n = padded_rows_, values = c_.values(), width = product_depth<T>(values);
     float* turned = w.memory[2].template take<float>(LINE * FEW);

@@ -1,49 +1,24 @@
 // Forward: strips of queries against chunks of keys with an online softmax.
 //
-// A strip is up to ROWS queries of one head. Tall query tiles are strips themselves and take several chunks at a
-// time; of flat ones (queries routed alone) many are held together, and for each key tile those that chose it are
-// gathered into a strip. The sum of weights and the outputs are divided once, at the end.
+// A strip is up to ROWS queries of one head. Tall query tiles are strips themselves; of flat ones (queries routed
+// alone) many are held together, and for each key tile those that chose it are gathered into a strip. Scores are made
+// block by block, so small that the softmax finds them in the nearest cache; the weights of several chunks meet the
+// values in one product. Outputs are divided by the sum of weights once, at the end.
 #pragma once
 
 #include "native_keys.h"
+#include "native_softmax.h"
 
 namespace tilewise {
 
-constexpr int64_t BATCH = 512;      // keys whose scores are held at a time: 256 KiB
-constexpr int64_t GATHERED = 1024;  // queries of flat tiles that are held together
-
-inline void put_weight(float& to, float x) { to = x; }
-inline void put_weight(BFloat16& to, float x) { to.x = static_cast<uint16_t>((bits_of(x) + 0x8000u) >> 16); }
-
-// Running state of one query: the largest score so far and the sum of weights.
-struct Running {
-  float top = -INF, sum = 0;
-};
-
-// Weights of n scores, scaled by `factor`; returns what the sums before them must be multiplied by.
-template <typename T>
-inline float weigh(const float* scores, T* weights, int64_t n, float factor, Running& state) {
-  float top = -INF;
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
-  top = std::max(state.top, top * factor);
-  const float base = top == -INF ? 0.f : top;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const float w = exp_of<std::is_same_v<T, BFloat16>>(scores[j] * factor - base);
-    put_weight(weights[j], w);
-    sum += w;
-  }
-  const float keep = exp_of<false>(state.top - base);
-  state = {top, state.sum * keep + sum};
-  return keep;
-}
+constexpr int64_t BATCH = 256;            // keys whose weights are held at a time
+constexpr int64_t BATCH_LD = BATCH + 32;  // no power of two (see BLOCK_LD)
+constexpr int64_t GATHERED = 1024;        // queries of flat tiles that are held together
 
 // What one thread works with.
 template <typename T>
 struct Bench {
-  Buffer memory[7];
+  Buffer memory[9];
   Limits limits;
   std::vector<int64_t> rows, live;
   std::vector<Sight> sights;
@@ -52,17 +27,22 @@ struct Bench {
   T* weights;
   float* parts;
   float* outs;
-  Running* state;
   T* held;
+  Sums sums;
+  float* fresh;  // sums of a block
 
   void lay(int64_t depth, int64_t values, int64_t kept_rows) {
     queries = memory[0].take<T>(ROWS * depth);
-    scores = memory[1].take<float>(ROWS * BATCH);
-    weights = std::is_same_v<T, float> ? reinterpret_cast<T*>(scores) : memory[2].take<T>(ROWS * BATCH);
+    scores = memory[1].take<float>(BLOCK * BLOCK_LD);
+    weights = memory[2].take<T>(ROWS * BATCH_LD);
     parts = memory[3].take<float>(ROWS * values);
     outs = memory[4].take<float>(kept_rows * values);
-    state = memory[5].take<Running>(kept_rows);
-    held = memory[6].take<T>(kept_rows * depth);
+    held = memory[5].take<T>(kept_rows * depth);
+    sums.lanes = memory[6].take<float>(kept_rows * LANES);
+    sums.bases = memory[7].take<float>(kept_rows);
+    fresh = memory[8].take<float>(BLOCK * LANES);
+    std::memset(outs, 0, kept_rows * values * sizeof(float));
+    sums.clear(kept_rows);
   }
 };
 
@@ -130,24 +110,30 @@ class Forward {
 
   void load(const Job& job, T* to) const {
     const int64_t base = job.b * c_.q.stride[0] + job.h * c_.q.stride[1];
+    if (std::is_same_v<S, T> && !c_.q_order && c_.q.stride[3] == 1 && c_.q.stride[2] == keys_.depth) {
+      std::memcpy(static_cast<void*>(to), c_.q.at<S>(base + job.start * keys_.depth),
+                  (job.end - job.start) * keys_.depth * sizeof(T));
+      return;
+    }
     for (int64_t i = job.start; i < job.end; ++i, to += keys_.depth) {
       copy_row(c_.q.at<S>(base + q_token(job, i) * c_.q.stride[2]), c_.q.stride[3], c_.depth(), to);
       for (int64_t d = c_.depth(); d < keys_.depth; ++d) put(to[d], 0.f);
     }
   }
 
-  // Scores of the bench's strip against one chunk, ready for the softmax, into columns from `column` on.
-  void score(const Job& job, Bench<T>& w, int64_t chunk, Sight sight, int64_t column, const Scoring& how) const {
-    const int64_t kv = job.h / c_.group(), rows = w.limits.rows, padded_rows = round_up(rows, 16);
+  // Scores of `count` queries of the bench's strip, from `first` on, against one chunk, ready for the softmax.
+  void score(const Job& job, Bench<T>& w, int64_t first, int64_t count, int64_t chunk, Sight sight,
+             const Scoring& how) const {
+    const int64_t kv = job.h / c_.group();
     const Chunk& at = how.chunks.list[chunk];
     const int64_t slot = keys_.begin(job.b, kv) + at.offset;
-    float* scores = w.scores + column;
-    product(padded_rows, at.padded, keys_.depth, w.queries, keys_.depth, keys_.k_right + slot * keys_.depth,
-            at.padded, scores, BATCH, false);
+    float* scores = w.scores;
+    product(round_up(count, 16), at.padded, keys_.depth, w.queries + first * keys_.depth, keys_.depth,
+            keys_.k_right + slot * keys_.depth, at.padded, scores, BLOCK_LD, false);
+    if (how.plain && sight == WHOLE) return;
     const Positions& keys = axis_.positions.at(job.b, kv);
     const int64_t bias = c_.bias ? c_.base(c_.bias, job.b, job.h) : 0;
-    if (how.plain && sight == WHOLE) return;
-    for (int64_t i = 0; i < rows; ++i, scores += BATCH) {
+    for (int64_t i = first; i < first + count; ++i, scores += BLOCK_LD) {
       if (!how.plain) how.finish_row(scores, at.padded, nullptr);
       if (c_.bias)
         how.add_bias(scores, bias + w.limits.tokens[i] * step(c_.bias, 2), keys.tokens.data() + at.offset, at.width);
@@ -155,38 +141,82 @@ class Forward {
     }
   }
 
-  // Adds the chunks live[from..to) to the strip; row i of it is row rows[i] of state and outs.
+  // Weights of the bench's scores into columns from `column` on; those before are of the same batch.
+  void weigh_block(Bench<T>& w, int64_t first, int64_t count, int64_t column, int64_t width, float factor) const {
+    const int64_t* rows = w.rows.data() + first;
+    T* weights = w.weights + first * BATCH_LD;
+    const auto done = [&] {
+      const auto run = [&]<bool brief>() {
+        return weigh<brief>(w.scores, count, width, factor, w.sums.bases, rows, weights + column, BATCH_LD, w.fresh);
+      };
+      if constexpr (std::is_same_v<T, BFloat16>) return c_.brief ? run.template operator()<true>() : run.template operator()<false>();
+      return run.template operator()<false>();
+    };
+    if (w.sums.bases[*rows] == NO_BASE || !done()) {
+      for (int64_t i = 0; i < count; ++i) {
+        const float* row = w.scores + i * BLOCK_LD;
+        float top = -INF;
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < width; ++j) top = row[j] * factor > top ? row[j] * factor : top;
+        raise(w, rows[i], top, weights + i * BATCH_LD, column);
+      }
+      done();
+    }
+    for (int64_t i = 0; i < count; ++i) w.sums.add(rows[i], w.fresh + i * LANES);
+  }
+
+  // Makes room for scores up to `top` in all that there is of a query: sums, outputs, and weights of this batch.
+  void raise(Bench<T>& w, int64_t row, float top, T* weights, int64_t columns) const {
+    const float keep = w.sums.raise(row, top);
+    if (keep == 1) return;
+    for (int64_t d = 0; d < c_.values(); ++d) w.outs[row * c_.values() + d] *= keep;
+    for (int64_t j = 0; j < columns; ++j) put(weights[j], get(weights[j]) * keep);
+  }
+
+  // Adds the chunks live[from..to) to the strip; row i of it is row rows[i] of sums and outs.
   void add(const Job& job, Bench<T>& w, int64_t from, int64_t to, const Scoring& how) const {
     const int64_t rows = w.limits.rows, padded_rows = round_up(rows, 16), values = c_.values();
+    const float factor = (how.plain ? how.scale : 1.f) * LOG2E;
     int64_t columns = 0;
     for (int64_t i = from; i < to; ++i) {
-      score(job, w, w.live[i], w.sights[i], columns, how);
-      columns += how.chunks.list[w.live[i]].padded;
+      const int64_t width = how.chunks.list[w.live[i]].padded;
+      for (int64_t first = 0; first < rows; first += BLOCK) {
+        const int64_t count = std::min(BLOCK, rows - first);
+        score(job, w, first, count, w.live[i], w.sights[i], how);
+        weigh_block(w, first, count, columns, width, factor);
+      }
+      columns += width;
     }
-    const float factor = how.plain ? how.scale : 1.f;
-    float keep[ROWS];
-    for (int64_t i = 0; i < rows; ++i)
-      keep[i] = weigh(w.scores + i * BATCH, w.weights + i * BATCH, columns, factor, w.state[w.rows[i]]);
+    float* outs = flat_ ? w.parts : w.outs;
     const int64_t head = keys_.begin(job.b, job.h / c_.group());
     columns = 0;
-    for (int64_t i = from; i < to; ++i) {
+    for (int64_t i = from; i < to;) {  // chunks that lie side by side go together
       const Chunk& at = how.chunks.list[w.live[i]];
-      product(padded_rows, values, at.padded, w.weights + columns, BATCH,
-              keys_.v_right + (head + at.offset) * values, values, w.parts, values, i > from);
-      columns += at.padded;
+      int64_t width = 0;
+      for (; i < to && how.chunks.list[w.live[i]].offset == at.offset + width; ++i)
+        width += how.chunks.list[w.live[i]].padded;
+      product(padded_rows, values, width, w.weights + columns, BATCH_LD, keys_.v_right + (head + at.offset) * values,
+              values, outs, values, !flat_ || columns > 0);
+      columns += width;
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      float* out = w.outs + w.rows[i] * values;
-      const float* part = w.parts + i * values;
-      for (int64_t d = 0; d < values; ++d) out[d] = out[d] * keep[i] + part[d];
+    if (!flat_) return;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < values; ++d) w.outs[w.rows[i] * values + d] += outs[i * values + d];
+  }
+
+  // Adds all live chunks of the bench to its strip.
+  void add_all(const Job& job, Bench<T>& w, const Scoring& how) const {
+    const int64_t live = w.live.size();
+    for (int64_t from = 0, to; from < live; from = to) {
+      int64_t columns = 0;
+      for (to = from; to < live && columns + how.chunks.list[w.live[to]].padded <= BATCH; ++to)
+        columns += how.chunks.list[w.live[to]].padded;
+      add(job, w, from, to, how);
     }
   }
 
   void begin(const Job& job, Bench<T>& w) const {
-    const int64_t rows = job.end - job.start;
-    w.lay(keys_.depth, c_.values(), flat_ ? std::max(rows, ROWS) : ROWS);
-    std::fill(w.state, w.state + rows, Running{});
-    std::memset(w.outs, 0, rows * c_.values() * sizeof(float));
+    w.lay(keys_.depth, c_.values(), flat_ ? std::max(job.end - job.start, ROWS) : ROWS);
   }
 
   void attend(const Job& job, Bench<T>& w) const {
@@ -201,8 +231,9 @@ class Forward {
     w.limits.clear(c_.axes());
     w.rows.resize(rows);
     const int64_t lo = c_.base(c_.lo, job.b, job.h), hi = c_.base(c_.hi, job.b, job.h);
+    if (!c_.q_order) w.limits.add_run(c_, lo, hi, job.start, job.end);
     for (int64_t i = 0; i < rows; ++i) {
-      w.limits.add(c_, lo, hi, q_token(job, job.start + i));
+      if (c_.q_order) w.limits.add(c_, lo, hi, q_token(job, job.start + i));
       w.rows[i] = i;
     }
     w.live.clear();
@@ -218,13 +249,7 @@ class Forward {
           w.sights.push_back(s);
         }
     }
-    const int64_t live = w.live.size();
-    for (int64_t from = 0, to; from < live; from = to) {
-      int64_t columns = 0;
-      for (to = from; to < live && columns + how.chunks.list[w.live[to]].padded <= BATCH; ++to)
-        columns += how.chunks.list[w.live[to]].padded;
-      add(job, w, from, to, how);
-    }
+    add_all(job, w, how);
     finish(job, w);
   }
 
@@ -269,12 +294,14 @@ class Forward {
       std::memset(static_cast<void*>(w.queries + rows * keys_.depth), 0,
                   (round_up(rows, 16) - rows) * keys_.depth * sizeof(T));
       const Positions& keys = axis_.positions.at(job.b, job.h / c_.group());
+      w.live.clear();
+      w.sights.clear();
       for (int64_t i = how.chunks.first[t]; i < how.chunks.first[t + 1]; ++i)
         if (const Sight s = sight(c_, w.limits, keys, i); s != NONE) {
-          w.live.assign(1, i);
-          w.sights.assign(1, s);
-          add(job, w, 0, 1, how);
+          w.live.push_back(i);
+          w.sights.push_back(s);
         }
+      add_all(job, w, how);
     }
     strip(w);
   }
@@ -285,12 +312,12 @@ class Forward {
     float* lses = c_.lse.at<float>(job.b * c_.lse.stride[0] + job.h * c_.lse.stride[1]);
     for (int64_t i = 0; i < job.end - job.start; ++i) {
       const int64_t t = q_token(job, job.start + i);
-      const Running& state = w.state[i];
-      const bool empty = state.top == -INF && state.sum == 0;  // NaN scores have no largest either
-      const float share = empty ? 0.f : 1.f / state.sum;
+      const float total = w.sums.total(i);
+      const bool empty = w.sums.empty(i, total);
+      const float share = empty ? 0.f : 1.f / total;
       S* out = outs + t * c_.out.stride[2];
       for (int64_t d = 0; d < values; ++d) put(out[d], w.outs[i * values + d] * share);
-      lses[t * c_.lse.stride[2]] = empty ? -INF : state.top + std::log(state.sum);
+      lses[t * c_.lse.stride[2]] = empty ? -INF : w.sums.lse(i, total);
     }
   }
 

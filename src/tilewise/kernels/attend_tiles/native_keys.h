@@ -81,6 +81,17 @@ void chunk_rows(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk
   }
 }
 
+// The rows of chunk `at` of x where they lie, or null where they must be copied: another format, order or depth.
+template <typename S, typename T>
+const T* rows_in_place(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk& at, int64_t depth) {
+  if constexpr (std::is_same_v<S, T>) {
+    const bool fits = !c.k_order && !c.pages && x.stride[3] == 1 && x.size[3] == depth && x.stride[2] % 2 == 0;
+    const T* own = x.at<S>(c.row(x, b, kv, at.start));
+    if (fits && reinterpret_cast<uintptr_t>(own) % 4 == 0) return own;  // packing reads pairs
+  }
+  return nullptr;
+}
+
 // Which forms of the keys and values a pass needs.
 enum Forms : int { K_RIGHT = 1, V_RIGHT = 2, K_LEFT = 4, V_LEFT = 8, K_TURNED = 16 };
 
@@ -133,17 +144,27 @@ struct PackedKeys {
     thread_local Buffer memory;
     T* rows = memory.take<T>(KEYS * std::max(depth, values) + 64);
     if (k_right || k_left || k_turned) {
-      T* keys = k_left ? k_left + slot * depth : rows;
-      chunk_rows<S>(c, c.k, b, kv, at, keys, depth);
-      std::memset(static_cast<void*>(keys + at.width * depth), 0, (at.padded - at.width) * depth * sizeof(T));
-      if (k_right) pack_transposed(keys, depth, at.width, at.padded, c.depth(), k_right + slot * depth);
-      if (k_turned) turn(keys, at.padded, k_turned + slot * depth);
+      const T* own = k_left || k_turned ? nullptr : rows_in_place<S, T>(c, c.k, b, kv, at, depth);
+      const int64_t ld = own ? c.k.stride[2] : depth;
+      if (!own) {
+        T* keys = k_left ? k_left + slot * depth : rows;
+        chunk_rows<S>(c, c.k, b, kv, at, keys, depth);
+        std::memset(static_cast<void*>(keys + at.width * depth), 0, (at.padded - at.width) * depth * sizeof(T));
+        if (k_turned) turn(keys, at.padded, k_turned + slot * depth);
+        own = keys;
+      }
+      if (k_right) pack_transposed(own, ld, at.width, at.padded, c.depth(), k_right + slot * depth);
     }
     if (v_right || v_left) {
-      T* from = v_left ? v_left + slot * values : rows;
-      chunk_rows<S>(c, c.v, b, kv, at, from, values);
-      std::memset(static_cast<void*>(from + at.width * values), 0, (at.padded - at.width) * values * sizeof(T));
-      if (v_right) pack_rows(from, values, at.width, at.padded, c.values(), v_right + slot * c.values());
+      const T* own = v_left ? nullptr : rows_in_place<S, T>(c, c.v, b, kv, at, values);
+      const int64_t ld = own ? c.v.stride[2] : values;
+      if (!own) {
+        T* from = v_left ? v_left + slot * values : rows;
+        chunk_rows<S>(c, c.v, b, kv, at, from, values);
+        std::memset(static_cast<void*>(from + at.width * values), 0, (at.padded - at.width) * values * sizeof(T));
+        own = from;
+      }
+      if (v_right) pack_rows(own, ld, at.width, at.padded, c.values(), v_right + slot * c.values());
     }
   }
 

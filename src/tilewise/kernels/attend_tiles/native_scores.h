@@ -46,13 +46,16 @@ struct Scoring {
     }
   }
 
+  // A bias that stands for -inf, like the smallest float32, is raised to one that can still be multiplied.
   void add_bias(float* row, int64_t bias_row, const int64_t* tokens, int64_t width) const {
+    constexpr float LOWEST = -1e38f;
     const int64_t by = step(c.bias, 3);
+    const auto add = [](float& to, float x) { to += x < LOWEST && x > -INF ? LOWEST : x; };
     if (c.bias.kind == FLOAT32) {
       const float* from = c.bias.at<float>(bias_row);
-      for (int64_t j = 0; j < width; ++j) row[j] += from[tokens[j] * by];
+      for (int64_t j = 0; j < width; ++j) add(row[j], from[tokens[j] * by]);
     } else {
-      for (int64_t j = 0; j < width; ++j) row[j] += bias_at(c.bias, bias_row + tokens[j] * by);
+      for (int64_t j = 0; j < width; ++j) add(row[j], bias_at(c.bias, bias_row + tokens[j] * by));
     }
   }
 

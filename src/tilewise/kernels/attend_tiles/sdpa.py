@@ -10,6 +10,8 @@ from tilewise.tiles import Partial
 
 def refuse(call: Call) -> str | None:
     """Why this call is not one for PyTorch's kernel."""
+    if call.q_scale is not None or call.weights is not None:
+        return "multiplies no quantised operands"
     if call.pages is not None:
         return "reads no pages"
     if call.tiles is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tilewise.kernels.attend_tiles import op
 from tilewise.kernels.attend_tiles.blocks import Block, Prepared, column_blocks, given, row_blocks
-from tilewise.kernels.attend_tiles.call import Call
+from tilewise.kernels.attend_tiles.call import Call, rounded
 from tilewise.tiles import Partial, merge
 
 
@@ -29,7 +29,7 @@ def run(call: Call) -> Partial:
 
 def forward(call: Call) -> Partial:
     """The operator's forward on this engine."""
-    call = call.gathered()
+    call = call.gathered().dequantised()
     p = Prepared.of(call)
     out = p.q.new_empty(p.units, p.height, p.v.shape[2])
     lse = p.q.new_full((p.units, p.height), -torch.inf)
@@ -40,7 +40,7 @@ def forward(call: Call) -> Partial:
     else:
         for first, last, width, blocks in column_blocks(p):
             _attend_columns(p, first, last, width, blocks, out, lse)
-    return Partial(p.restore(out).to(call.q.dtype), p.restore(lse.unsqueeze(-1)).squeeze(-1))
+    return Partial(p.restore(out).to(call.v.dtype), p.restore(lse.unsqueeze(-1)).squeeze(-1))
 
 
 def _attend_rows(p: Prepared, block: Block) -> Partial:
@@ -55,7 +55,10 @@ def _softmax(p: Prepared, block: Block) -> Partial:
     top = scores.amax(-1)
     weights = torch.softmax(scores, -1, out=scores)
     # The largest weight is exp(top - lse), so the log of the sum costs no second pass over exponentials.
-    lse = top - weights.amax(-1).log()
+    largest = weights.amax(-1, keepdim=True)
+    lse = top - largest.squeeze(-1).log()
+    if p.call.weights is not None:
+        weights = rounded(weights / largest, p.call.weights) * largest
     out = torch.bmm(weights, values)
     if block.partial or p.call.bias is not None:  # elsewhere every row sees something
         empty = top == -torch.inf
@@ -91,6 +94,7 @@ def backward(
     call: Call, result: Partial, d_out: Tensor, d_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and, where there is one, the bias."""
+    call.refuse_gradients()
     p = Prepared.of(call)
     d_out = d_out.to(p.q.dtype)
     delta = (d_out * result.out).sum(-1) - d_lse  # [b, h, n]

@@ -60,6 +60,10 @@ def refuse(call: Call) -> str | None:
         return f"runs on GPUs, the tensors are on {q.device.type}"
     if not INSTALLED:
         return "triton is not installed"
+    if call.q_scale is not None or call.weights is not None:
+        return "multiplies no quantised operands"
+    if call.bias_rows != 1:
+        return "reads no bias whose rows several queries share"
     if q.dtype not in DTYPES:
         return f"accumulates in float32, the tensors are {str(q.dtype).removeprefix('torch.')}"
     if max(q.shape[3], call.v.shape[3]) > 512:
@@ -103,8 +107,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and, where there is one, the bias."""
     q, k, v = call.q, call.k, call.v
-    if call.pages is not None:
-        raise ValueError("a paged cache takes no gradients")
+    call.refuse_gradients()
     if not q.numel() or not k.numel():
         zeros = [x.new_zeros(x.shape) for x in (q, k, v)]
         d_bias = None if call.bias is None else call.bias.new_zeros(call.bias.shape)
