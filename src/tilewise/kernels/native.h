@@ -91,12 +91,11 @@ inline float get(Half x) { return static_cast<float>(x); }
 
 template <typename S, typename T>
 inline void copy_row(const S* from, int64_t stride, int64_t n, T* to) {
-  if (stride == 1) {
-    if constexpr (std::is_same_v<S, T>) {
-      std::memcpy(to, from, n * sizeof(T));
-    } else {
-      for (int64_t i = 0; i < n; ++i) put(to[i], get(from[i]));
-    }
+  if constexpr (std::is_same_v<S, T>) {
+    if (stride == 1) std::memcpy(static_cast<void*>(to), from, n * sizeof(T));
+    for (int64_t i = 0; i < n && stride != 1; ++i) to[i] = from[i * stride];
+  } else if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) put(to[i], get(from[i]));
   } else {
     for (int64_t i = 0; i < n; ++i) put(to[i], get(from[i * stride]));
   }
@@ -225,6 +224,12 @@ inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, co
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, std::is_same_v<T, BFloat16>);
 }
 
+// The same in integers: a without sign, b packed in fours of rows, [k / 4, n, 4].
+inline void product(int64_t m, int64_t n, int64_t k, const uint8_t* a, int64_t lda, const int8_t* b, int64_t ldb,
+                    int32_t* c, int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, true);
+}
+
 // Seconds of the fastest of some small products of a format.
 template <typename T>
 inline double time_product() {
@@ -248,6 +253,23 @@ inline bool has_bfloat16_products() {
       const double narrow = time_product<BFloat16>();
       at::native::cpublas::brgemm_release(true);
       return 1.1 * narrow < time_product<float>();
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return has;
+}
+
+// Whether this machine multiplies packed integers of 8 bits, the left ones without sign (AMX and AVX512-VNNI do).
+inline bool has_int8_products() {
+  static const bool has = [] {
+    try {
+      const uint8_t a[16 * 4] = {255, 1};
+      const int8_t b[16 * 4] = {-127, 2};
+      int32_t c[16 * 16];
+      product(16, 16, 4, a, 4, b, 16, c, 16, false);
+      at::native::cpublas::brgemm_release(true);
+      return c[0] == 255 * -127 + 2 && c[1] == 0 && c[16] == 0;
     } catch (const std::exception&) {
       return false;
     }
@@ -297,9 +319,13 @@ inline int64_t even(int64_t n) { return n + (n & 1); }
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The right operand of a product from its transpose: rows [width, depth] become b [depth, width].
-// `rows` of them are real; `ld` is at least the even depth, and words past the depth must be 0.
+// `rows` of them are real; rows are whole words of 32 bits, and what lies past the depth must be 0.
 inline void pack_transposed(const float* from, int64_t ld, int64_t rows, int64_t width, int64_t depth, float* to) {
   transpose(reinterpret_cast<const uint32_t*>(from), ld, rows, width, depth, reinterpret_cast<uint32_t*>(to), width);
+}
+inline void pack_transposed(const int8_t* from, int64_t ld, int64_t rows, int64_t width, int64_t depth, int8_t* to) {
+  transpose(reinterpret_cast<const uint32_t*>(from), ld / 4, rows, width, round_up(depth, 4) / 4,
+            reinterpret_cast<uint32_t*>(to), width);
 }
 inline void pack_transposed(const BFloat16* from, int64_t ld, int64_t rows, int64_t width, int64_t depth,
                             BFloat16* to) {

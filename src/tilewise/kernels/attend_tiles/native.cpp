@@ -26,10 +26,15 @@ int64_t tilewise_call_words() { return sizeof(Call) / 8; }
 
 int tilewise_bfloat16_products() { return has_bfloat16_products(); }
 
+int tilewise_int8_products() { return has_int8_products(); }
+
 int tilewise_attend_forward(const void* call, char* message, int64_t room) {
   return guarded(message, room, [&] {
     const Call& c = *static_cast<const Call*>(call);
-    by_format(c, [&]<typename S, typename T>() { decodes(c) ? Decode<S, T>::run(c) : Forward<S, T>::run(c); });
+    by_format(c, [&]<typename S, typename T>() {
+      if (c.q_scale) return Forward<S, T, uint8_t>::run(c);
+      decodes(c) ? Decode<S, T>::run(c) : Forward<S, T>::run(c);
+    });
   });
 }
 

@@ -12,6 +12,7 @@ import ctypes
 import math
 import struct
 import warnings
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,8 +46,6 @@ def refuse(call: Call) -> str | None:
         return f"runs on CPUs, the call's tensors are on {call.q.device.type}"
     if call.v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes in float32 at most, the call is in {call.v.dtype}"
-    if call.q_scale is not None:
-        return "not yet"
     if call.weights is not None:
         return f"does not round weights to {call.weights}"
     if call.bias is not None and call.bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -86,6 +85,12 @@ def multiplies_bfloat16() -> bool:
     """Whether products run in bfloat16 on this machine; elsewhere bfloat16 is widened to float32 tile by tile."""
     library = _library()
     return not isinstance(library, str) and bool(library.tilewise_bfloat16_products())
+
+
+def multiplies_int8() -> bool:
+    """Whether products of quantised queries and keys run in integers; elsewhere they are dequantised."""
+    library = _library()
+    return not isinstance(library, str) and bool(library.tilewise_int8_products())
 
 
 _GRIDS = 24
@@ -131,6 +136,10 @@ def _call(entry: str, words: array.array) -> None:
 
 def forward(call: Call) -> Partial:
     """The operator's forward on this engine."""
+    if call.q_scale is not None and not multiplies_int8():
+        call, wanted = replace(call.dequantised(), v=call.v.float()), call.v.dtype
+        out, lse = forward(call)
+        return Partial(out.to(wanted), lse)
     b, heads, n_q, _ = call.q.shape
     out = call.v.new_empty(b, heads, n_q, call.v.shape[3])
     lse = call.v.new_empty(b, heads, n_q, dtype=torch.float32)

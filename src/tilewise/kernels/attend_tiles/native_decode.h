@@ -118,7 +118,7 @@ struct HeadSums {
   }
 };
 
-inline bool decodes(const Call& c) { return c.group() * c.queries() <= FEW && c.keys() >= 1; }
+inline bool decodes(const Call& c) { return !c.q_scale && c.group() * c.queries() <= FEW && c.keys() >= 1; }
 
 template <typename S, typename T>
 class Decode {
@@ -455,7 +455,7 @@ class Decode {
       float* row = scores + r * LINE;
       const int64_t h = head_of(kv, r), t = q_token(b, h, r % c_.queries());
       if (!how.plain) how.finish_row(row, at.padded, nullptr);
-      if (c_.bias) how.add_bias(row, c_.base(c_.bias, b, h) + t * step(c_.bias, 2), w.tokens.data(), at.width);
+      if (c_.bias) how.add_bias(row, c_.base(c_.bias, b, h) + t / c_.bias_rows * step(c_.bias, 2), w.tokens.data(), at.width);
       if (live.sight == WHOLE) continue;
       if (c_.keep && !w.keeps[r][at.tile * c_.keep.stride[3]]) std::fill(row, row + at.width, -INF);
       std::fill(row + at.width, row + at.padded, -INF);

@@ -67,7 +67,7 @@ struct KeyAxis {
 
 template <typename T>
 int64_t product_depth(int64_t depth) {
-  return std::is_same_v<T, BFloat16> ? even(depth) : depth;
+  return sizeof(T) < 4 ? round_up(depth, 4 / sizeof(T)) : depth;
 }
 
 // Rows of chunk `at` of x, in order: [at.width, depth], each `ld` long with zeros behind.
@@ -77,7 +77,7 @@ void chunk_rows(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk
   for (int64_t j = 0; j < at.width; ++j) {
     const int64_t t = token(c.k_order, order, at.start + j);
     copy_row(x.at<S>(c.row(x, b, kv, t)), x.stride[3], x.size[3], to + j * ld);
-    for (int64_t d = x.size[3]; d < ld; ++d) put(to[j * ld + d], 0.f);
+    std::memset(static_cast<void*>(to + j * ld + x.size[3]), 0, (ld - x.size[3]) * sizeof(T));
   }
 }
 
@@ -85,9 +85,9 @@ void chunk_rows(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk
 template <typename S, typename T>
 const T* rows_in_place(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk& at, int64_t depth) {
   if constexpr (std::is_same_v<S, T>) {
-    const bool fits = !c.k_order && !c.pages && x.stride[3] == 1 && x.size[3] == depth && x.stride[2] % 2 == 0;
+    const bool fits = !c.k_order && !c.pages && x.stride[3] == 1 && x.size[3] == depth && x.stride[2] * sizeof(T) % 4 == 0;
     const T* own = x.at<S>(c.row(x, b, kv, at.start));
-    if (fits && reinterpret_cast<uintptr_t>(own) % 4 == 0) return own;  // packing reads pairs
+    if (fits && reinterpret_cast<uintptr_t>(own) % 4 == 0) return own;  // packing reads words
   }
   return nullptr;
 }
@@ -97,23 +97,30 @@ enum Forms : int { K_RIGHT = 1, V_RIGHT = 2, K_LEFT = 4, V_LEFT = 8, K_TURNED = 
 
 // K_RIGHT: keys^T as right operand [depth, width]. V_RIGHT: values as right operand [width, values].
 // K_LEFT, V_LEFT: rows as left operands [padded, depth]. K_TURNED: keys^T as left operand [depth, padded].
-template <typename T>
+// With K = int8_t keys are packed as they come and K_RIGHT is all there is of them, with `factors` and `shifts`: a
+// product p of a query q + 128 without sign is worth p * factor + shift.
+template <typename T, typename K = T>
 struct PackedKeys {
+  static constexpr bool INTEGERS = std::is_same_v<K, int8_t>;
   const PerHead<Chunks>& chunks;
   const Span span;
   int64_t depth, values, heads;
-  T *k_right = nullptr, *v_right = nullptr, *k_left = nullptr, *v_left = nullptr, *k_turned = nullptr;
+  K* k_right = nullptr;
+  T *v_right = nullptr, *k_left = nullptr, *v_left = nullptr, *k_turned = nullptr;
+  float *factors = nullptr, *shifts = nullptr;
 
   PackedKeys(const Call& c, const PerHead<Chunks>& all, Span which, Arena& arena, int forms)
-      : chunks(all), span(which), depth(product_depth<T>(c.depth())), values(product_depth<T>(c.values())),
+      : chunks(all), span(which), depth(product_depth<K>(c.depth())), values(product_depth<T>(c.values())),
         heads(c.kv_heads()) {
     begin_.push_back(0);
     for (int64_t i = span.first; i < span.last; ++i)
       begin_.push_back(begin_.back() + all.at(i / heads, i % heads).padded);
     const int64_t total = begin_.back();
     const int64_t sizes[] = {total * depth, total * c.values(), total * depth, total * values, total * depth};
-    for (int f = 0; f < 5; ++f)
+    if (forms & K_RIGHT) at_[0] = arena.announce<K>(sizes[0]);
+    for (int f = 1; f < 5; ++f)
       if (forms >> f & 1) at_[f] = arena.announce<T>(sizes[f]);
+    for (int f = 5; f < 7 && INTEGERS; ++f) at_[f] = arena.announce<float>(total);
   }
 
   // First padded key of a head in the packed arrays.
@@ -121,9 +128,14 @@ struct PackedKeys {
 
   template <typename S>
   void fill(const Call& c, const Arena& arena, int forms) {
-    T** parts[] = {&k_right, &v_right, &k_left, &v_left, &k_turned};
-    for (int f = 0; f < 5; ++f)
+    T** parts[] = {nullptr, &v_right, &k_left, &v_left, &k_turned};
+    if (forms & K_RIGHT) k_right = arena.part<K>(at_[0]);
+    for (int f = 1; f < 5; ++f)
       if (forms >> f & 1) *parts[f] = arena.part<T>(at_[f]);
+    if constexpr (INTEGERS) {
+      factors = arena.part<float>(at_[5]);
+      shifts = arena.part<float>(at_[6]);
+    }
     constexpr int64_t TOGETHER = 8;  // chunks in one job
     std::vector<int64_t> jobs;       // (head, first chunk), one after the other
     for (int64_t head = span.first; head < span.last; ++head) {
@@ -143,7 +155,9 @@ struct PackedKeys {
   void pack(const Call& c, int64_t b, int64_t kv, const Chunk& at, int64_t slot) {
     thread_local Buffer memory;
     T* rows = memory.take<T>(KEYS * std::max(depth, values) + 64);
-    if (k_right || k_left || k_turned) {
+    if constexpr (INTEGERS) {
+      pack_integers(c, b, kv, at, slot, reinterpret_cast<int8_t*>(rows));
+    } else if (k_right || k_left || k_turned) {
       const T* own = k_left || k_turned ? nullptr : rows_in_place<S, T>(c, c.k, b, kv, at, depth);
       const int64_t ld = own ? c.k.stride[2] : depth;
       if (!own) {
@@ -168,13 +182,26 @@ struct PackedKeys {
     }
   }
 
+  void pack_integers(const Call& c, int64_t b, int64_t kv, const Chunk& at, int64_t slot, int8_t* rows) {
+    chunk_rows<int8_t>(c, c.k, b, kv, at, rows, depth);
+    pack_transposed(rows, depth, at.width, at.padded, depth, k_right + slot * depth);
+    const int64_t order = c.k_order ? c.base(c.k_order, b, kv * c.group()) : 0;
+    const float* scales = c.k_scale.at<float>(b * c.k_scale.stride[0] + kv * c.k_scale.stride[1]);
+    for (int64_t j = 0; j < at.padded; ++j) {
+      int32_t sum = 0;
+      for (int64_t d = 0; d < depth && j < at.width; ++d) sum += rows[j * depth + d];
+      factors[slot + j] = j < at.width ? scales[token(c.k_order, order, at.start + j) * c.k_scale.stride[2]] : 0;
+      shifts[slot + j] = -128.f * static_cast<float>(sum) * factors[slot + j];
+    }
+  }
+
   void turn(const T* rows, int64_t padded, T* to) const {
     using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
     transpose(reinterpret_cast<const Word*>(rows), depth, padded, padded, depth, reinterpret_cast<Word*>(to), padded);
   }
 
   std::vector<int64_t> begin_;
-  int64_t at_[5] = {};
+  int64_t at_[7] = {};
 };
 
 }  // namespace tilewise

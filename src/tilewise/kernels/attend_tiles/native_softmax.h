@@ -15,18 +15,34 @@ constexpr int64_t BLOCK_LD = KEYS + 16;  // not a power of two, whose rows would
 constexpr float RISE = 20;
 constexpr float NO_BASE = -3e38f;  // of a query that has seen nothing: any score lies far above it
 
-// Weights of a block of scores, `n` columns, of the queries `which`: 2^(factor * score - base). Their sums go to
-// fresh [rows, LANES]. Returns whether all scores lie low enough above their bases.
-template <bool brief, typename T>
-inline bool weigh(const float* scores, int64_t rows, int64_t n, float factor, const float* bases,
-                  const int64_t* which, T* weights, int64_t ld, float* fresh) {
+// A row of scores as the products leave them: floats, or integers that factors and shifts of their keys turn into
+// floats.
+struct FloatRow {
+  const float* at;
+  Floats operator()(int64_t j) const { return load<Floats>(at + j); }
+  FloatRow next() const { return {at + BLOCK_LD}; }
+};
+struct IntRow {
+  const int32_t* at;
+  const float *factors, *shifts;
+  Floats operator()(int64_t j) const {
+    return __builtin_convertvector(load<Ints>(at + j), Floats) * load<Floats>(factors + j) + load<Floats>(shifts + j);
+  }
+  IntRow next() const { return {at + BLOCK_LD, factors, shifts}; }
+};
+
+// Weights of a block of scores, `n` columns, of the queries `which`: 2^(factor * score - base), the factor being that
+// of the row. Their sums go to fresh [rows, LANES]. Returns whether all scores lie low enough above their bases.
+template <bool brief, typename Row, typename T>
+inline bool weigh(Row scores, int64_t rows, int64_t n, const float* factors, const float* bases, const int64_t* which,
+                  T* weights, int64_t ld, float* fresh) {
   Floats highest = Floats{} - INF;
-  for (int64_t i = 0; i < rows; ++i, scores += BLOCK_LD, weights += ld, fresh += LANES) {
-    const float base = bases[which[i]];
+  for (int64_t i = 0; i < rows; ++i, scores = scores.next(), weights += ld, fresh += LANES) {
+    const float base = bases[which[i]], factor = factors[i];
     Floats sum = {}, other = {};
     int64_t j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES) {
-      const Floats x = load<Floats>(scores + j) * factor - base, y = load<Floats>(scores + j + LANES) * factor - base;
+      const Floats x = scores(j) * factor - base, y = scores(j + LANES) * factor - base;
       const Floats v = exp2_of<brief>(x), w = exp2_of<brief>(y);
       store(weights + j, v, w);
       sum += v;
@@ -35,7 +51,7 @@ inline bool weigh(const float* scores, int64_t rows, int64_t n, float factor, co
       highest = y > highest ? y : highest;
     }
     for (; j < n; j += LANES) {
-      const Floats x = load<Floats>(scores + j) * factor - base, v = exp2_of<brief>(x);
+      const Floats x = scores(j) * factor - base, v = exp2_of<brief>(x);
       store(weights + j, v);
       sum += v;
       highest = x > highest ? x : highest;
