@@ -18,7 +18,9 @@ from tilewise.attention.neural_factors import NeuralFactors
 from tilewise.attention.orders import SegmentSort
 from tilewise.attention.pbs import PBSAttention
 from tilewise.attention.plans import Pass, Plan
+from tilewise.attention.precisions import Precision, Quantised, accuracy
 from tilewise.attention.rests import Pooled
+from tilewise.attention.sage import SageAttention2, adaptive
 from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, TrueMass
 from tilewise.attention.selects import First, Mass, Own, TopK
 from tilewise.attention.sink_window import SinkWindow
@@ -52,7 +54,10 @@ __all__ = [
     "Pass",
     "Plan",
     "Pooled",
+    "Precision",
+    "Quantised",
     "Recipe",
+    "SageAttention2",
     "SegmentSort",
     "Shapes",
     "SinkWindow",
@@ -64,6 +69,8 @@ __all__ = [
     "TrueMass",
     "UnifiedMax",
     "XAttention",
+    "accuracy",
+    "adaptive",
     "alibi_slopes",
     "as_method",
     "attend",

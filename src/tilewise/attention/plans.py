@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tilewise.attention.precisions import Applied, Precision
 from tilewise.kernels import Choice
 from tilewise.kernels.attend_tiles import Call, attend, explain
 from tilewise.tiles import Partial, TileMap, Tiling, Visibility, merge
@@ -26,6 +28,7 @@ class Pass:
         pool: when set, keys and values are replaced by their means over the tiles of this tiling (cut in
             `k_order`), each standing for its count of tokens; `view` and `tiles` then speak of the means.
         keep: with `pool`, bool `[B|1, H_kv|1, N_k]`, the tokens that count in a mean (padding does not).
+        precision: in what numbers it is computed; None is the inputs' own precision.
     """
 
     view: Visibility
@@ -34,6 +37,7 @@ class Pass:
     k_order: Tensor | None = None
     pool: Tiling | None = None
     keep: Tensor | None = None
+    precision: Precision | None = None
 
     def cost(self) -> Tensor:
         """Scores computed, `[B|1, H|1]` float64."""
@@ -124,20 +128,30 @@ class Plan:
     ) -> Partial:
         """Execute the passes on the chosen engine and merge them."""
         need_lse = need_lse or len(self.passes) > 1
-        calls = self.calls(q, k, v, bias, scale, softcap, need_lse)
-        return merge([attend(call, engine) for call in calls])
+        applied = self.applied(q, k, v, bias, scale, softcap, need_lse)
+        return merge([restore(attend(call, engine)) for call, restore in applied])
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, engine: str = "auto", **options) -> list[Choice]:
         """Which engine would run each pass, and why the others would not."""
         need_lse = options.pop("need_lse", False) or len(self.passes) > 1
-        calls = self.calls(
+        applied = self.applied(
             q, k, v, options.get("bias"), options.get("scale", 1.0), options.get("softcap"), need_lse
         )
-        return [explain(call, engine) for call in calls]
+        return [explain(call, engine) for call, _ in applied]
+
+    def unrounded(self) -> Plan:
+        """The same tiles in the inputs' own precision."""
+        return replace(self, passes=tuple(replace(p, precision=None) for p in self.passes))
 
     def calls(self, q, k, v, bias, scale, softcap, need_lse) -> list[Call]:
         """The kernel's calls, one per pass."""
-        return [_call(p, q, k, v, bias, scale, softcap, need_lse) for p in self.passes]
+        return [call for call, _ in self.applied(q, k, v, bias, scale, softcap, need_lse)]
+
+    def applied(self, q, k, v, bias, scale, softcap, need_lse) -> Iterator[Applied]:
+        """The kernel's calls, one per pass and one at a time, and how each result is restored."""
+        for p in self.passes:
+            call = _call(p, q, k, v, bias, scale, softcap, need_lse)
+            yield Applied(call, lambda partial: partial) if p.precision is None else p.precision.apply(call)
 
 
 def whole(view: Visibility) -> TileMap:

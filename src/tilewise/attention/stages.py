@@ -2,7 +2,7 @@
 
 order    which tokens share a tile          score    how much a tile matters
 select   which tiles are paid for           always   tiles paid for whatever their score
-rest     what the other tiles contribute
+rest     what the other tiles contribute    precision  in what numbers tiles are computed
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tilewise.attention.method import LOOKAHEADS, Method
 from tilewise.attention.plans import Pass, Plan
+from tilewise.attention.precisions import Precision
 from tilewise.tiles import NONE, TileMap, Tiling, Visibility
 from tilewise.tiles.visibility import take, to_heads
 
@@ -106,6 +107,7 @@ class Tiles(Method):
         score, select: how tiles are compared and chosen.
         order: which tokens share a tile. always: tiles chosen whatever their score. rest: what others give.
         compare_forced: whether tiles of `always` take part in the comparison of scores.
+        precision: in what numbers the chosen tiles are computed; None is the inputs' own precision.
     """
 
     score: Score
@@ -115,6 +117,7 @@ class Tiles(Method):
     always: tuple[Always, ...] = ()
     rest: Rest = field(default_factory=Skip)
     compare_forced: bool = True
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if len(self.tile) != 2 or not all(isinstance(size, int) and size >= 1 for size in self.tile):
@@ -145,7 +148,7 @@ class Tiles(Method):
             forced = forced | (to_heads(stage.tiles(layout, visible), layout.heads) & visible)
         among = visible if self.compare_forced else visible & ~forced
         keep = self.select.select(self.score.score(layout, among), among, forced) & visible | forced
-        exact = Pass(view, TileMap(keep, q_tiling, k_tiling), q_order, k_order)
+        exact = Pass(view, TileMap(keep, q_tiling, k_tiling), q_order, k_order, precision=self.precision)
         rest = self.rest.passes(layout, view, visible & ~keep, q_order, k_order)
         return Plan((exact, *rest), view)
 

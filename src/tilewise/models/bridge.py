@@ -46,7 +46,8 @@ class Bridge:
         decode: method for calls of one query in the layers named by `prefill`.
         engine: as in `attend`.
         observer: called with an Event after every call; timing is taken only when there is one.
-        plans: when a dictionary, plans are taken from it by layer, or put into it when missing.
+        plans: when a dictionary, plans are taken from it by layer, or put into it, without their precision, when
+            missing: what is rounded may depend on later tokens.
     """
 
     prefill: Mapping[int, Method] | Method
@@ -89,7 +90,7 @@ class Bridge:
             _check_mode(method, query, key)
             given = make_plan(method, query, key, mask=mask, scale=scaling)
             if self.plans is not None:
-                self.plans[layer] = given
+                given = self.plans[layer] = given.unrounded()
         start = _clock(query) if self.observer else 0.0
         out = attend(
             query,

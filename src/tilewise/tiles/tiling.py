@@ -115,7 +115,7 @@ class Tiling:
         if keep is None:
             counts = self.sizes(x.shape[2], x.device)
         else:
-            x = x * keep.unsqueeze(-1)
+            x = x.masked_fill(~keep.unsqueeze(-1), 0)  # what is left out may be NaN
             counts = self.split(keep.to(torch.int64), 0).sum(-1)
         total = self.split(x, 0).sum(3, dtype=dtype)
         return total / counts.clamp(min=1).unsqueeze(-1), counts

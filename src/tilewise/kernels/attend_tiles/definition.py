@@ -38,7 +38,7 @@ def run(call: Call) -> Partial:
     empty = (scores == -torch.inf).all(-1, keepdim=True)  # rows that see nothing: out 0, lse -inf, gradient 0
     lse = torch.logsumexp(scores.masked_fill(empty, 0), -1).masked_fill(empty[..., 0], -torch.inf)
     weights = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
-    if call.weights is not None:
+    if call.weights is not None and weights.shape[3]:
         top = weights.amax(-1, keepdim=True).masked_fill(empty, 1)
         weights = rounded(weights / top, call.weights) * top
     return Partial((weights @ v).to(call.v.dtype), lse)
