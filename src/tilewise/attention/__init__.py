@@ -20,7 +20,7 @@ from tilewise.attention.pbs import PBSAttention
 from tilewise.attention.plans import Pass, Plan
 from tilewise.attention.precisions import Precision, Quantised, accuracy
 from tilewise.attention.rests import Pooled
-from tilewise.attention.sage import SageAttention2, adaptive
+from tilewise.attention.sage import SageAttention2, adaptive, output_quality
 from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, TrueMass
 from tilewise.attention.selects import First, Mass, Own, TopK
 from tilewise.attention.sink_window import SinkWindow
@@ -84,6 +84,7 @@ __all__ = [
     "lower_bound",
     "measure_flat",
     "named",
+    "output_quality",
     "plan",
     "rank_positions",
     "reparameterize",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,45 +61,48 @@ class SageAttention2(Method):
 
 
 def adaptive(
-    layers: Mapping[int, Iterable[tuple[Tensor, Tensor, Tensor]]],
+    quality: Mapping[int, float],
     share: float = 0.5,
     *,
     low: SageAttention2 | None = None,
     high: SageAttention2 | None = None,
-    mask: Mask | Tensor | str | None = "causal",
-    scale: float | None = None,
 ) -> dict[int, SageAttention2]:
     """SageAttention2's adaptive quantisation: 8 bits for the layers that 4 bits serve worst.
 
-    Each layer's output in `low` is compared with the exact one on its own samples; the paper's measure is cosine
-    similarity times (1 - relative L1 distance). The `share` of layers with the smallest gets `high`, the others
-    `low`. What comes back is a mapping that `tilewise.patch` takes.
-
     Args:
-        layers: (q, k, v) samples by layer, as an observer of `tilewise.patch` sees them.
-        share: of the layers, 0 to 1, rounded to whole layers. The paper also tells timesteps of a diffusion
-            model apart; give each (layer, timestep) a number of its own for that.
+        quality: of each layer in 4 bits, larger is better: `output_quality` is the paper's measure. It sees each
+            layer alone; where errors of the first layers travel through all others, `tilewise.models.logit_quality`
+            judges better. The paper also tells timesteps of a diffusion model apart; number (layer, timestep) pairs
+            for that.
+        share: of the layers in 8 bits, 0 to 1, rounded to whole layers.
         low, high: the paper's 4-bit and 8-bit versions when None.
-        mask, scale: as in `attend`.
 
-    Raises ValueError for a share outside 0..1 and for a layer without samples.
+    Returns a method for each layer, which `tilewise.patch` takes. Raises ValueError for a share outside 0..1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share!r}")
     low = low or SageAttention2("int4", "fp8", smooth_q=True)
     high = high or SageAttention2("int8", "fp8", smooth_q=True)
-    quality = {layer: _quality(samples, layer, low, mask, scale) for layer, samples in layers.items()}
     worst = sorted(quality, key=lambda layer: (quality[layer], layer))[: round(share * len(quality))]
     return {layer: high if layer in worst else low for layer in quality}
 
 
-def _quality(samples, layer: int, method: SageAttention2, mask, scale) -> float:
-    """Mean cosine similarity times (1 - relative L1 distance) over a layer's samples."""
-    measured = []
-    for q, k, v in samples:
+def output_quality(
+    layers: Mapping[int, tuple[Tensor, Tensor, Tensor]],
+    method: Method,
+    *,
+    mask: Mask | Tensor | str | None = "causal",
+    scale: float | None = None,
+) -> dict[int, float]:
+    """How near each layer's attention comes to the exact one: cosine similarity times (1 - relative L1 distance).
+
+    Args:
+        layers: (q, k, v) by layer, as `tilewise.models.capture` gives them.
+        method: what is judged. mask, scale: as in `attend`.
+    """
+    quality = {}
+    for layer, (q, k, v) in layers.items():
         outs = [attend(q, k, v, each, mask=mask, scale=scale) for each in (method, None)]
         cosine, distance, _ = accuracy(*(x.out if isinstance(x, Partial) else x for x in outs))
-        measured.append(cosine * (1 - distance))
-    if not measured:
-        raise ValueError(f"layer {layer} has no samples")
-    return sum(measured) / len(measured)
+        quality[layer] = cosine * (1 - distance)
+    return quality

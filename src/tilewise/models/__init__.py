@@ -1,7 +1,8 @@
 """Pretrained Hugging Face models: loading them safely, and swapping their attention in and out."""
 
+from tilewise.models.capturing import capture, logit_quality
 from tilewise.models.load import bundled_model, load_model
 from tilewise.models.patching import Event, patch
 from tilewise.models.registering import register
 
-__all__ = ["Event", "bundled_model", "load_model", "patch", "register"]
+__all__ = ["Event", "bundled_model", "capture", "load_model", "logit_quality", "patch", "register"]
