@@ -215,7 +215,8 @@ def test_the_integers_are_what_runs(layers):
 
 
 def test_threads_share_every_eighth_query_and_two_neighbouring_keys_of_eight():
-    from tilewise.attention.precisions import _shared
+    from tilewise.attention.precisions import GROUPS
+    from tilewise.kernels.attend_tiles.rounding import shared
 
     n = 192
     for side, same in (
@@ -227,7 +228,7 @@ def test_threads_share_every_eighth_query_and_two_neighbouring_keys_of_eight():
         for i in range(n):
             groups.setdefault(same(i), []).append(i)
         want = torch.tensor([max(groups[same(i)]) + 1.0 for i in range(n)])
-        assert torch.equal(_shared(one, "thread", side)[0, 0], want)
+        assert torch.equal(shared(one, GROUPS["thread"][side])[0, 0], want)
     assert len(groups) == 12 and all(len(x) == 16 for x in groups.values())
 
 

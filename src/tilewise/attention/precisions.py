@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.attend_tiles import Call
+from tilewise.kernels.attend_tiles.rounding import Fold, round_tokens
 from tilewise.tiles import Partial
 from tilewise.tiles.visibility import HIDDEN, to_heads
 
@@ -17,14 +18,14 @@ LARGEST = {"int8": 127, "int4": 7}
 FP8 = torch.float8_e4m3fn
 QUERY_BLOCK = 128  # queries that are smoothed together
 
-# How tokens share a scale, for queries and for keys: tokens of a block, and the shape that a block is folded into,
-# of whose axes 1 and 3 share. A GPU thread of the paper's kernel holds every eighth query of a warp's 32, and of a
-# block of 64 keys two neighbours out of every eight.
-GROUPS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "token": ((1, 1, 1, 1), (1, 1, 1, 1)),
-    "thread": ((32, 4, 8, 1), (64, 8, 4, 2)),
-    "warp": ((32, 32, 1, 1), (64, 64, 1, 1)),
-    "block": ((128, 128, 1, 1), (64, 64, 1, 1)),
+# How queries and how keys share a scale. A GPU thread of the paper's kernel holds every eighth query of a warp's
+# 32, and of a block of 64 keys two neighbours out of every eight.
+GROUPS: dict[str, tuple[Fold, Fold]] = {
+    "token": (Fold(1, 1, 1, 1), Fold(1, 1, 1, 1)),
+    "thread": (Fold(32, 4, 8, 1), Fold(64, 8, 4, 2)),
+    "warp": (Fold(32, 32, 1, 1), Fold(64, 64, 1, 1)),
+    "block": (Fold(128, 128, 1, 1), Fold(64, 64, 1, 1)),
+    "tensor": (Fold(0, 1, 1, 1), Fold(0, 1, 1, 1)),
 }
 
 
@@ -72,7 +73,7 @@ class Quantised:
     group: Literal["token", "thread", "warp", "block", "tensor"] = "thread"
 
     def __post_init__(self) -> None:
-        for name, known in (("qk", LARGEST), ("pv", ("native", "fp8")), ("group", (*GROUPS, "tensor"))):
+        for name, known in (("qk", LARGEST), ("pv", ("native", "fp8")), ("group", GROUPS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.smooth_v and self.pv != "fp8":
@@ -89,42 +90,24 @@ class Quantised:
             )
         call = call.gathered()
         seen = _seen(call)
-        wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-        q, k = call.q, call.k
-        changes: dict = {}
+        most, (q_fold, k_fold) = LARGEST[self.qk], GROUPS[self.group]
+        q = round_tokens(call.q, most, q_fold, smooth=QUERY_BLOCK if self.smooth_q else 0)
+        n_k = call.k.shape[2]
+        k = round_tokens(call.k, most, k_fold, smooth=n_k if self.smooth_k else 0, seen=seen)
+        changes: dict = {"q": q.integers, "q_scale": q.scale, "k": k.integers, "k_scale": k.scale}
         shift = None
-        if self.smooth_k:
-            mean = _mean(k, seen, wide)
-            if call.need_lse:
-                shift = call.scale * _by_group(q.to(wide), mean.mT).squeeze(3)
-            k = k.to(wide) - mean
-        if self.smooth_q:
-            blocks = _block_means(q.to(wide))
-            bias = call.scale * _by_group(blocks, k.to(wide).mT)
-            q = q.to(wide) - blocks.repeat_interleave(QUERY_BLOCK, 2)[:, :, : q.shape[2]]
-            changes |= _with_bias(call, bias)
-        changes |= dict(zip(("q", "q_scale"), self._integers(q, None, 0)))
-        changes |= dict(zip(("k", "k_scale"), self._integers(k, seen, 1)))
+        if k.mean is not None and n_k and call.need_lse:
+            shift = call.scale * _by_group(call.q.to(k.mean.dtype), k.mean.mT).squeeze(3)
+        if q.mean is not None:
+            keys = call.k.to(q.mean.dtype)
+            keys = keys if k.mean is None or not n_k else keys - k.mean
+            changes |= _with_bias(call, call.scale * _by_group(q.mean, keys.mT))
         if self.pv == "native":
             return Applied(replace(call, **changes), lambda partial: _restore(partial, shift, None, None))
         v, scales, means = self._values(call.v, seen)
         changes |= {"v": v, "weights": FP8, "need_lse": True}
-        channel, middle = to_heads(scales, q.shape[1]), None if means is None else to_heads(means, q.shape[1])
+        channel, middle = (None if x is None else to_heads(x, call.q.shape[1]) for x in (scales, means))
         return Applied(replace(call, **changes), lambda partial: _restore(partial, shift, channel, middle))
-
-    def _integers(self, x: Tensor, seen: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
-        """`x [B, H, N, D]` as int8 and the scale of every token, float32 `[B, H, N]`; NaN for non-finite tokens."""
-        low, high = torch.aminmax(x, dim=-1) if x.shape[3] else (x.new_zeros(x.shape[:3]),) * 2
-        largest = torch.maximum(high, -low).float()
-        finite = largest.isfinite()
-        counted = largest.masked_fill(~(finite if seen is None else finite & seen), 0)
-        scale = _shared(counted, self.group, side) / LARGEST[self.qk]
-        inverse = torch.where(scale > 0, 1 / scale, 0).unsqueeze(3)
-        most = LARGEST[self.qk]
-        integers = (x * inverse.to(x.dtype if x.dtype == torch.float64 else torch.float32)).round_()
-        if seen is not None or not _all(finite):  # tokens that were not counted may be larger than any
-            integers = integers.nan_to_num_(0).clamp_(-most, most)
-        return integers.to(torch.int8), scale.masked_fill(~finite, torch.nan)
 
     def _values(self, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values in steps of E4M3 (in their own dtype), scale and mean of each channel `[B, H_kv, 1, D_v]`."""
@@ -185,36 +168,11 @@ def _mean(x: Tensor, seen: Tensor | None, wide: torch.dtype) -> Tensor:
     return total / counted.sum(2, keepdim=True).clamp(min=1)
 
 
-def _block_means(q: Tensor) -> Tensor:
-    """Means of 128 consecutive queries `[B, H, T, D]`; queries that are not finite count as 0."""
-    n = q.shape[2]
-    tiles = -(-n // QUERY_BLOCK)
-    padded = q.new_zeros(*q.shape[:2], tiles * QUERY_BLOCK, q.shape[3])
-    padded[:, :, :n] = q
-    if not _all(q.isfinite()):
-        padded.masked_fill_(~padded.isfinite().all(-1, keepdim=True), 0)
-    counts = (n - torch.arange(tiles, device=q.device) * QUERY_BLOCK).clamp(max=QUERY_BLOCK)
-    return padded.unflatten(2, (tiles, QUERY_BLOCK)).sum(3) / counts.view(1, 1, -1, 1)
-
-
 def _by_group(x: Tensor, y: Tensor) -> Tensor:
     """`x [B, H_q, N, D]` times `y [B, H_kv, D, M]` of its kv head."""
     heads, kv_heads = x.shape[1], y.shape[1]
     grouped = x.unflatten(1, (kv_heads, heads // kv_heads)) @ y.unsqueeze(2)
     return grouped.flatten(1, 2)
-
-
-def _shared(largest: Tensor, group: str, side: int) -> Tensor:
-    """The largest of each token's group, `[B, H, N]`."""
-    n = largest.shape[2]
-    if not n or group == "token":
-        return largest
-    if group == "tensor":
-        return largest.amax(2, keepdim=True).expand_as(largest)
-    size, *fold = GROUPS[group][side]
-    blocks = -(-n // size)
-    padded = torch.nn.functional.pad(largest, (0, blocks * size - n)).unflatten(2, (blocks, *fold))
-    return padded.amax((3, 5), keepdim=True).expand_as(padded).flatten(2)[:, :, :n]
 
 
 def _with_bias(call: Call, bias: Tensor) -> dict:

@@ -1,6 +1,7 @@
 // Entry points of the native engine of tile attention; native.py calls them.
 #include "native_backward.h"
 #include "native_decode.h"
+#include "native_round.h"
 
 namespace {
 
@@ -40,6 +41,17 @@ int tilewise_attend_forward(const void* call, char* message, int64_t room) {
 
 // Pieces of decoding that a unified maximum did not fit, since the last time this was asked.
 int64_t tilewise_recomputed_pieces() { return recomputed_pieces().exchange(0); }
+
+int tilewise_round_tokens(const void* rounding, char* message, int64_t room) {
+  return guarded(message, room, [&] {
+    const Rounding& r = *static_cast<const Rounding*>(rounding);
+    switch (r.x.kind) {
+      case FLOAT32: return Round<float>(r).run();
+      case FLOAT16: return Round<Half>(r).run();
+      default: return Round<BFloat16>(r).run();
+    }
+  });
+}
 
 // Always fails, so that the way of an error to Python can be tested.
 int tilewise_fail(const void*, char* message, int64_t room) {

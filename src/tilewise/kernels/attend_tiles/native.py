@@ -96,7 +96,7 @@ def multiplies_int8() -> bool:
 _GRIDS = 24
 
 
-def _grid(x: Tensor | None) -> list[int]:
+def grid(x: Tensor | None) -> list[int]:
     """A tensor of up to four axes as the library reads it."""
     if x is None:
         return _ABSENT
@@ -119,7 +119,7 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
     tensors += [call.pages, call.q_scale, call.k_scale]
     words = array.array("q")
     for x in tensors:
-        words.extend(_grid(x))
+        words.extend(grid(x))
     threads = torch.get_num_threads()
     words.extend((q_size, k_size, threads, STREAMED[call.v.dtype], call.bias_rows, not call.need_lse))
     unified = math.nan if call.unified_max is None else call.unified_max
@@ -127,7 +127,7 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
     return words
 
 
-def _call(entry: str, words: array.array) -> None:
+def call_library(entry: str, words: array.array) -> None:
     message = ctypes.create_string_buffer(200)
     address, _ = words.buffer_info()
     if getattr(_library(), entry)(ctypes.c_void_p(address), message, ctypes.c_int64(len(message))):
@@ -144,7 +144,7 @@ def forward(call: Call) -> Partial:
     out = call.v.new_empty(b, heads, n_q, call.v.shape[3])
     lse = call.v.new_empty(b, heads, n_q, dtype=torch.float32)
     if out.numel() or lse.numel():
-        _call("tilewise_attend_forward", _words(call, out=out, lse=lse))
+        call_library("tilewise_attend_forward", _words(call, out=out, lse=lse))
     return Partial(out, lse)
 
 
@@ -158,7 +158,9 @@ def backward(
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
     if call.q.numel() and call.k.numel():
         made = {"out": result.out, "lse": result.lse, "d_out": d_out.to(call.q.dtype), "d_lse": d_lse.float()}
-        _call("tilewise_attend_backward", _words(call, **made, d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias))
+        call_library(
+            "tilewise_attend_backward", _words(call, **made, d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias)
+        )
     else:
         for gradient in (d_q, d_k, d_v):
             gradient.zero_()
