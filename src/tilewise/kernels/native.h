@@ -199,6 +199,22 @@ inline float sum_of(Floats x) {
   return sum;
 }
 
+// Lane i: the sum of rows[i]. Halves of pairs of rows are added until one is left.
+template <int64_t STEP = LANES / 2, size_t... I>
+inline Floats sums_of(Floats* rows, std::index_sequence<I...> lanes) {
+  for (int64_t i = 0; i < STEP; ++i) {
+    const Floats x = rows[i], y = rows[i + STEP];
+    rows[i] = __builtin_shufflevector(x, y, (I & STEP ? LANES + I : I)...) +
+              __builtin_shufflevector(x, y, (I & STEP ? LANES + I - STEP : I + STEP)...);
+  }
+  if constexpr (STEP > 1) return sums_of<STEP / 2>(rows, lanes);
+  return rows[0];
+}
+
+// The even and the odd numbers of a register of bfloat16.
+inline Floats evens_of(Words pairs) { return same_bits<Floats>(pairs << 16); }
+inline Floats odds_of(Words pairs) { return same_bits<Floats>(pairs & 0xffff0000u); }
+
 // 2^x for x at most some 100, to 1 unit in the last place; `brief` to 8e-5, for results that are rounded to 8 bits.
 // Below 2^-126 the result is 0, so 2^-inf is 0; NaN stays NaN.
 template <bool brief>

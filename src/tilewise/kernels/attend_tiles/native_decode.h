@@ -73,6 +73,51 @@ inline void add_rows(const X* const* rows, const float* weights, int64_t count, 
     for (int64_t i = 0; i < n; ++i) out[i] += weights[j] * get(rows[j][i]);
 }
 
+// The same two in bfloat16, a register of pairs at a time, for lengths that are whole registers. Queries are split into
+// those that meet even and odd numbers.
+constexpr int64_t PAIRS = 2 * LANES;
+
+inline void dots(const BFloat16* const* keys, int64_t count, const float* even, const float* odd, int64_t n,
+                 float* scores) {
+  for (int64_t j = 0; j < count; j += LANES) {
+    Floats sums[LANES];
+    for (int64_t i = 0; i < LANES; ++i) {
+      const BFloat16* key = keys[std::min(j + i, count - 1)];
+      Floats x = {}, y = {};
+      for (int64_t d = 0; d < n; d += PAIRS) {
+        const Words pairs = load<Words>(key + d);
+        x += evens_of(pairs) * load<Floats>(even + d / 2);
+        y += odds_of(pairs) * load<Floats>(odd + d / 2);
+      }
+      sums[i] = x + y;
+    }
+    store(scores + j, sums_of(sums, std::make_index_sequence<LANES>()));
+  }
+}
+
+template <int64_t REGISTERS>
+inline void add_pairs(const BFloat16* const* rows, const float* weights, int64_t count, int64_t from, float* out) {
+  Floats even[REGISTERS] = {}, odd[REGISTERS] = {};
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t r = 0; r < REGISTERS; ++r) {
+      const Words pairs = load<Words>(rows[j] + from + r * PAIRS);
+      even[r] += evens_of(pairs) * weights[j];
+      odd[r] += odds_of(pairs) * weights[j];
+    }
+  for (int64_t r = 0; r < REGISTERS; ++r)
+    for (int64_t i = 0; i < LANES; ++i) {
+      out[from + r * PAIRS + 2 * i] += even[r][i];
+      out[from + r * PAIRS + 2 * i + 1] += odd[r][i];
+    }
+}
+
+inline void add_rows_in_pairs(const BFloat16* const* rows, const float* weights, int64_t count, int64_t n, float* out) {
+  int64_t from = 0;
+  for (; from + 4 * PAIRS <= n; from += 4 * PAIRS) add_pairs<4>(rows, weights, count, from, out);
+  for (; from + 2 * PAIRS <= n; from += 2 * PAIRS) add_pairs<2>(rows, weights, count, from, out);
+  for (; from < n; from += PAIRS) add_pairs<1>(rows, weights, count, from, out);
+}
+
 inline std::atomic<int64_t>& recomputed_pieces() {
   static std::atomic<int64_t> count{0};
   return count;
@@ -349,8 +394,21 @@ class Decode {
     find_rows(c_.k, b, kv, at, keys);
     find_rows(c_.v, b, kv, at, own);
     if (next) find_rows(c_.k, b, kv, *next, later);
+    constexpr bool may_pair = single && std::is_same_v<S, BFloat16>;
+    const bool pairs = may_pair && depth % PAIRS == 0 && values % PAIRS == 0;
+    if constexpr (may_pair)
+      for (int64_t d = 0; d < depth / 2 && pairs; ++d) {
+        wide[d] = queries[2 * d];
+        wide[depth / 2 + d] = queries[2 * d + 1];
+      }
     for (int64_t j = 0; j < at.width; ++j) {
       foresee(own[j], values);
+      if constexpr (may_pair)
+        if (pairs) {
+          if (j % LANES == LANES - 1 || j + 1 == at.width)
+            dots(keys + j / LANES * LANES, j % LANES + 1, wide, wide + depth / 2, depth, scores + j / LANES * LANES);
+          continue;
+        }
       if constexpr (single) {
         scores[j] = dot(keys[j], queries, depth);
       } else {
@@ -365,9 +423,15 @@ class Decode {
       if (keep != 1.f)
         for (int64_t d = 0; d < values; ++d) out[d] *= keep;
     }
-    for (int64_t j = 0; j < at.width; j += 8) {
-      for (int64_t i = j; next && i < std::min(j + 8, next->width); ++i) foresee(later[i], depth);
-      const int64_t count = std::min<int64_t>(8, at.width - j);
+    constexpr int64_t TOGETHER = may_pair ? 64 : 8;
+    for (int64_t j = 0; j < at.width; j += TOGETHER) {
+      for (int64_t i = j; next && i < std::min(j + TOGETHER, next->width); ++i) foresee(later[i], depth);
+      const int64_t count = std::min(TOGETHER, at.width - j);
+      if constexpr (may_pair)
+        if (pairs) {
+          add_rows_in_pairs(own + j, scores + j, count, values, outs);
+          continue;
+        }
       if constexpr (single) {
         add_rows(own + j, scores + j, count, values, outs);
       } else {
