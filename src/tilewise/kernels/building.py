@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 
 from tilewise.machine import compiler
 
-_COMMON = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+_COMMON = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 # Vector instructions by what PyTorch says it uses, so that its switch for lowering them holds here too.
 _VECTORS = {
     "AVX512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "cd")] + ["-mprefer-vector-width=512"],
@@ -46,20 +47,25 @@ def load(name: str, sources: Sequence[Path]) -> ctypes.CDLL:
 
 
 def library(name: str, sources: Sequence[Path]) -> Path:
-    """Path of the library made from `sources`, built if need be. The first is compiled; all of them name the build.
+    """Path of the library made from `sources`, built if need be: `.cpp` files are compiled, all of them name it.
 
     Raises BuildFailed, with the reason, where there is no compiler, it fails, or there is no safe place to keep
     the result.
     """
-    command = _command(name, sources)
-    key = hashlib.sha256("\n".join(command + [torch.__version__, _version(command[0])]).encode())
+    command, libraries = _command()
+    names = [source.name for source in sources]
+    key = hashlib.sha256(
+        "\n".join([*command, *libraries, *names, torch.__version__, _version(command[0])]).encode()
+    )
     for source in sources:
         key.update(source.read_bytes())
     path = folder() / f"{name}-{key.hexdigest()[:20]}.so"
     if not _is_whole(path):
         with _lock(path.with_suffix(".lock")):
             if not _is_whole(path):  # another process may have built it meanwhile
-                _build(name, command, path)
+                _build(
+                    name, command, libraries, [source for source in sources if source.suffix == ".cpp"], path
+                )
     return path
 
 
@@ -82,8 +88,8 @@ def folder() -> Path:
     return path
 
 
-def _command(name: str, sources: Sequence[Path]) -> list[str]:
-    """The compiler's command without the output."""
+def _command() -> tuple[list[str], list[str]]:
+    """The compiler with its flags, and what is linked."""
     found = compiler()
     if found is None:
         raise BuildFailed("no C++ compiler was found (install g++ or clang++, or set CXX)")
@@ -98,7 +104,7 @@ def _command(name: str, sources: Sequence[Path]) -> list[str]:
     # torch brings an OpenMP of its own; a second one in the process would mean a second pool of threads.
     own = sorted((torch_folder / "lib").glob("libgomp*.so*"))
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *(f"-l:{lib.name}" for lib in own[:1])]
-    return [found, *flags, f"-I{torch_folder / 'include'}", str(sources[0]), *libraries]
+    return [found, *flags, f"-I{torch_folder / 'include'}"], libraries
 
 
 @lru_cache
@@ -126,25 +132,32 @@ def _is_whole(path: Path) -> bool:
     return False
 
 
-def _build(name: str, command: list[str], path: Path) -> None:
+def _build(name: str, command: list[str], libraries: list[str], sources: list[Path], path: Path) -> None:
     _say(f"compiling the native {name} engine, once for this machine (about 15 s) ...")
     start = time.perf_counter()
-    handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        made = Path(folder) / path.name
+        try:
+            jobs = [[*command, "-c", str(source), "-o", to] for source, to in zip(sources, objects)]
+            with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+                list(pool.map(_compile, jobs))
+            _compile([*command, "-shared", *objects, *libraries, "-o", str(made)])
+            path.with_suffix(".sha256").write_text(hashlib.sha256(made.read_bytes()).hexdigest() + "\n")
+            os.replace(made, path)
+        except OSError as error:
+            raise BuildFailed(f"the compiled {name} engine cannot be kept: {error}") from error
+    _say(f"compiled in {time.perf_counter() - start:.0f} s")
+
+
+def _compile(command: list[str]) -> None:
     try:
-        done = subprocess.run([*command, "-o", made], capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-            raise BuildFailed(f"the compiler {command[0]} failed: {first.strip()}")
-        path.with_suffix(".sha256").write_text(hashlib.sha256(Path(made).read_bytes()).hexdigest() + "\n")
-        os.replace(made, path)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired as error:
         raise BuildFailed(f"the compiler {command[0]} took longer than ten minutes") from error
-    except OSError as error:
-        raise BuildFailed(f"the compiled {name} engine cannot be kept: {error}") from error
-    finally:
-        Path(made).unlink(missing_ok=True)
-    _say(f"compiled in {time.perf_counter() - start:.0f} s")
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise BuildFailed(f"the compiler {command[0]} failed: {first.strip()}")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tilewise.kernels.attend_tiles.call import Call
 from tilewise.tiles import Partial
 
 _HERE = Path(__file__).parent
-SOURCES = [_HERE / "native.cpp", _HERE.parent / "native.h", *sorted(_HERE.glob("native_*.h"))]
+SOURCES = [*sorted(_HERE.glob("native*.cpp")), _HERE.parent / "native.h", *sorted(_HERE.glob("native_*.h"))]
 _KINDS = {
     torch.float32: 0,
     torch.bfloat16: 1,
