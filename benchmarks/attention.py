@@ -1,6 +1,6 @@
 """Attention engines side by side: dense, given tiles, backward, decoding, and methods with their choosing.
 
-    python benchmarks/attention.py [--quick] [dense tiles backward decode methods memory]
+    python benchmarks/attention.py [--quick] [dense tiles backward decode quantised methods memory]
 
 Contenders of a setting compute the same thing where the setting says so; "given tiles" computes less, which is what
 it is for. Its share of the ideal is its rate over that of the same engine's "all tiles". Compilation of
@@ -21,7 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import tilewise
-from tilewise.attention import MoBA, SinkWindow, XAttention, attend_tiles
+from tilewise.attention import MoBA, SageAttention2, SinkWindow, XAttention, attend_tiles, plan
+from tilewise.kernels.attend_tiles import native
 from tilewise.tiles import TileMap
 
 HEADS, D, TILE = 8, 64, 128
@@ -148,6 +149,25 @@ def decode(n: int) -> list[harness.Row]:
     return rows
 
 
+def quantised(n: int) -> list[harness.Row]:
+    """int8 queries and keys against the same engine without: products alone, and with the rounding of operands."""
+    rows = []
+    method = SageAttention2()
+    for dtype in NAMES:
+        for depth in (64, 128):
+            q, k, v = (torch.randn(1, HEADS, n, depth).to(dtype) for _ in range(3))
+            made = plan(method, q, k)
+            ((call, _),) = made.applied(q, k, v, None, depth**-0.5, None, False)
+            contenders = {
+                "native": partial(tilewise.attend, q, k, v, engine="native"),
+                "int8, rounded before": partial(native.run, call),
+                "int8": partial(tilewise.attend, q, k, v, method, engine="native"),
+            }
+            flops = dict.fromkeys(contenders, 4.0 * HEADS * n * n * depth)
+            rows += harness.race(f"int8 products, {NAMES[dtype]}, head_dim {depth}, N={n}", contenders, flops)
+    return rows
+
+
 def methods(lengths: list[int]) -> list[harness.Row]:
     rows = []
     for n in lengths:
@@ -203,7 +223,7 @@ def memory(n: int) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short length; nothing is kept")
-    sections = ["dense", "tiles", "backward", "decode", "methods", "memory"]
+    sections = ["dense", "tiles", "backward", "decode", "quantised", "methods", "memory"]
     parser.add_argument(
         "sections", nargs="*", default=[], help=f"some of: {' '.join(sections)}; nothing is kept"
     )
@@ -225,6 +245,8 @@ def main() -> int:
             rows += backward(short if options.quick else [2048, 8192])
         if "decode" in wanted:
             rows += decode(4096 if options.quick else 32768)
+        if "quantised" in wanted:
+            rows += quantised(1024 if options.quick else 8192)
         if "methods" in wanted:
             rows += methods(short if options.quick else [8192])
     held = memory(1024 if options.quick else 16384) if "memory" in wanted else {}

@@ -2,7 +2,7 @@
 
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-eighth` from a run with every method set to read about an eighth of the tiles; `bench-attention` from
-benchmarks/results. With --check nothing is written: exit code 1 names the pages that are out of date.
+benchmarks/results, as do `precision` and `adaptive`. With --check nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -77,6 +77,17 @@ def bench_table(path: Path) -> str:
     return f"{table}\n\nMedians of paired rounds (20th to 80th percentile) on {where}, {run['created'][:10]}."
 
 
+def precision_tables(path: Path) -> tuple[str, str]:
+    """A recorded run of benchmarks/precision.py: attention by setting, and models by what is in 8 bits."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    head = ["queries and keys", "worst cosine", "relative L1", "with outlier channels"]
+    body = [
+        [r["setting"], f"{r['cosine']:.4f}", f"{r['l1']:.4f}", f"{r['l1_outliers']:.4f}"] for r in run["rows"]
+    ]
+    models = [[r["setting"], r["layers"] or "–", f"{r['kl']:.1e}"] for r in run["models"]]
+    return rows(head, body), rows(["setting", "layers in int8", "mean KL from the exact model"], models)
+
+
 def _compare_row(method: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     def show(key: str, form: str) -> str:
         return "–" if method.get(key) is None else form.format(method[key])
@@ -108,7 +119,10 @@ def main(arguments: Sequence[str]) -> int:
     """Fill or check all pages."""
     eighth = compare_table(ROOT / "docs/results/compare-eighth.json")
     bench = bench_table(ROOT / "benchmarks/results/attention.json")
+    precision, adaptive = precision_tables(ROOT / "benchmarks/results/precision.json")
     tables = {
+        "precision": precision,
+        "adaptive": adaptive,
         "papers": papers_table(),
         "compare": compare_table(),
         "compare-eighth": eighth,
