@@ -164,7 +164,7 @@ def test_a_query_is_the_same_bits_whatever_others_score(dtype):
 
 
 @pytest.mark.parametrize("n_q", [1, 5, 150])
-@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -3e38, -1e30, -1e5], ids=str)
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -3e38, -1e30], ids=str)
 def test_a_bias_that_stands_for_minus_infinity(low, n_q):
     """Keys hidden by a huge finite bias weigh nothing beside others, and all the same where all are."""
     q, k, v = qkv(1, 2, 2, n_q, 300, d=16, dtype=torch.float32)

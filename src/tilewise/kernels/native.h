@@ -228,8 +228,8 @@ inline Floats exp2_of(Floats x) {
     p = 0.2402264689f + r * (0.0555032878f + r * (0.0096184890f + r * (0.0013399931f + r * 0.0001534581f)));
     p = 1.f + r * (0.6931472057f + r * p);
   }
-  const Ints bits = same_bits<Ints>(p) + (same_bits<Ints>(shifted) << 23);  // the integer, added to the exponent
-  return same_bits<Floats>(x < -126.f ? Ints{} : bits);
+  const Words bits = same_bits<Words>(p) + (same_bits<Words>(shifted) << 23);  // the integer, added to the exponent
+  return same_bits<Floats>(x < -126.f ? Words{} : bits);
 }
 
 // ----------------------------------------------------------------------------------------- matrix products
