@@ -263,8 +263,8 @@ def _flash_loop(q, k, v, tile: tuple[int, int], deferred: bool):
 def test_fewer_operations_that_are_no_products():
     """The paper's loop divides every output once, where its predecessor does so in every block; both are exact.
 
-    Two levels save more: softmax over a batch of chunks scales a quarter as often as chunk by chunk, with the sizes
-    that the native engine has.
+    Two levels save more: softmax over a batch of chunks scales half as often as chunk by chunk, with the sizes that
+    the native engine has (which scales only when a base is raised, so less often still).
     """
     n, d = 1024, 8
     q, k, v = (x[0, 0] for x in qkv(1, 1, 1, n, d=d))
@@ -282,7 +282,8 @@ def test_fewer_operations_that_are_no_products():
     assert counts["first"] == [2 * n * d * blocks, n * d * blocks]
     assert counts["second"] == [n * d * blocks, n * d]
     assert counts["two levels"] == [n * d * blocks * chunk // batch, n * d]
-    assert sum(counts["first"]) > 2.6 * sum(counts["second"]) > 5 * sum(counts["two levels"])
+    assert sum(counts["first"]) > 2.6 * sum(counts["second"])
+    assert sum(counts["second"]) > 1.7 * sum(counts["two levels"])
 
 
 @pytest.mark.evidence

@@ -29,12 +29,13 @@ class SageAttention2(Method):
     and E4M3 are computed with the arithmetic there is, rounded exactly, for their error. Differs from the paper:
     sums are float32 throughout, where the paper's GPUs add FP8 products in 22 bits.
 
-    Supports prefill, chunked prefill and decoding; no training. Looks ahead at the prompt: the mean key and the
+    Supports prefill and chunked prefill; no training, and no decoding, which would round the whole cache for every
+    token. Looks ahead at the prompt: the mean key and the
     scales are those of all tokens, so later tokens move the rounding of earlier ones, and nothing else.
     """
 
     name = "sage2"
-    modes = ("prefill", "chunked prefill", "decode")
+    modes = ("prefill", "chunked prefill")
     reads = "q, k"
     exact = False
 
