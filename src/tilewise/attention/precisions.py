@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.attend_tiles import Call
-from tilewise.kernels.attend_tiles.rounding import Fold, round_tokens
+from tilewise.kernels.attend_tiles.rounding import Fold, means, round_tokens
 from tilewise.tiles import Partial
 from tilewise.tiles.visibility import HIDDEN, to_heads
 
@@ -104,19 +104,20 @@ class Quantised:
             changes |= _with_bias(call, call.scale * _by_group(q.mean, keys.mT))
         if self.pv == "native":
             return Applied(replace(call, **changes), lambda partial: _restore(partial, shift, None, None))
-        v, scales, means = self._values(call.v, seen)
+        v, scales, centres = self._values(call.v, seen)
         changes |= {"v": v, "weights": FP8, "need_lse": True}
-        channel, middle = (None if x is None else to_heads(x, call.q.shape[1]) for x in (scales, means))
+        channel, middle = (None if x is None else to_heads(x, call.q.shape[1]) for x in (scales, centres))
         return Applied(replace(call, **changes), lambda partial: _restore(partial, shift, channel, middle))
 
     def _values(self, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values in steps of E4M3 (in their own dtype), scale and mean of each channel `[B, H_kv, 1, D_v]`."""
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
         x = v.to(wide)
-        middle = _mean(v, seen, wide) if self.smooth_v else None
-        if middle is not None:
+        finite, middle = x.isfinite(), None
+        if self.smooth_v and v.shape[2]:
+            counted = finite.all(-1)
+            middle = means(x, counted if seen is None else counted & seen, v.shape[2])
             x = x - middle
-        finite = x.isfinite()
         counted = x.masked_fill(~(finite if seen is None else finite & seen.unsqueeze(3)), 0).abs()
         most = torch.finfo(FP8).max
         scale = (
@@ -152,20 +153,6 @@ def _seen(call: Call) -> Tensor | None:
     if seen.shape[1] not in (1, heads):
         seen = seen.unflatten(1, (heads, -1)).any(2)
     return seen
-
-
-def _mean(x: Tensor, seen: Tensor | None, wide: torch.dtype) -> Tensor:
-    """The mean token `[B, H, 1, D]` of those that are seen and finite."""
-    if not x.shape[2]:
-        return x.new_zeros(*x.shape[:2], 1, x.shape[3], dtype=wide)
-    mean = x.mean(2, keepdim=True, dtype=wide)
-    if seen is None and _all(mean.isfinite()):
-        return mean
-    counted = x.isfinite().all(-1, keepdim=True)
-    if seen is not None:
-        counted = counted & seen.unsqueeze(3)
-    total = x.to(wide).masked_fill(~counted, 0).sum(2, keepdim=True)
-    return total / counted.sum(2, keepdim=True).clamp(min=1)
 
 
 def _by_group(x: Tensor, y: Tensor) -> Tensor:

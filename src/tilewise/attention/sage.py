@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -16,10 +15,10 @@ from tilewise.tiles import Mask, Partial
 
 
 @dataclass(frozen=True)
-class SageAttention2(Method):
+class SageAttention2(Quantised, Method):
     """Every visible tile, in few bits (Zhang et al., 2024, arXiv 2411.10958).
 
-    `tilewise.attention.Quantised` says what the settings mean; it is a stage and works with any choice of tiles.
+    Its settings are those of `tilewise.attention.Quantised`, the stage it is, which works with any choice of tiles.
     Queries and keys are rounded to integers after smoothing, in groups of the paper's kernel ("thread" is the
     published version's granularity, "warp" the report's first). The paper's SageAttn2-4b is
     `SageAttention2("int4", "fp8", smooth_q=True)`, its SageAttn2-8b `SageAttention2("int8", "fp8", smooth_q=True)`;
@@ -30,8 +29,8 @@ class SageAttention2(Method):
     sums are float32 throughout, where the paper's GPUs add FP8 products in 22 bits.
 
     Supports prefill and chunked prefill; no training, and no decoding, which would round the whole cache for every
-    token. Looks ahead at the prompt: the mean key and the
-    scales are those of all tokens, so later tokens move the rounding of earlier ones, and nothing else.
+    token. Looks ahead at the prompt: the mean key and the scales are those of all tokens, so later tokens move the
+    rounding of earlier ones, and nothing else.
     """
 
     name = "sage2"
@@ -39,26 +38,12 @@ class SageAttention2(Method):
     reads = "q, k"
     exact = False
 
-    qk: Literal["int8", "int4"] = "int8"
-    pv: Literal["native", "fp8"] = "native"
-    smooth_q: bool = False
-    smooth_k: bool = True
-    smooth_v: bool = False
-    group: Literal["token", "thread", "warp", "block", "tensor"] = "thread"
-
-    def __post_init__(self) -> None:
-        self.precision()
-
     @property
     def lookahead(self) -> str:
         return "prompt"
 
-    def precision(self) -> Quantised:
-        """The stage that this method is made of."""
-        return Quantised(self.qk, self.pv, self.smooth_q, self.smooth_k, self.smooth_v, self.group)
-
     def plan(self, q, k, view, scale) -> Plan:
-        return Plan((Pass(view, precision=self.precision()),), view)
+        return Plan((Pass(view, precision=self),), view)
 
 
 def adaptive(

@@ -128,6 +128,7 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
 
 
 def call_library(entry: str, words: array.array) -> None:
+    """Run an entry point of the library on its packed arguments; RuntimeError with its message if it fails."""
     message = ctypes.create_string_buffer(200)
     address, _ = words.buffer_info()
     if getattr(_library(), entry)(ctypes.c_void_p(address), message, ctypes.c_int64(len(message))):

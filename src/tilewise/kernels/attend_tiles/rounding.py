@@ -90,7 +90,7 @@ def _torch(x: Tensor, most: int, fold: Fold, smooth: int, seen: Tensor | None) -
         counted = counted & seen
     mean = None
     if smooth:
-        mean = _means(x, counted, smooth)
+        mean = means(x, counted, smooth)
         x = x - mean.repeat_interleave(smooth, 2)[:, :, :n]
     largest = x.abs().amax(-1) if d else x.new_zeros(b, heads, n)
     finite = largest.isfinite()
@@ -100,8 +100,8 @@ def _torch(x: Tensor, most: int, fold: Fold, smooth: int, seen: Tensor | None) -
     return Rounded(integers.to(torch.int8), scale.masked_fill(~finite, torch.nan), mean)
 
 
-def _means(x: Tensor, counted: Tensor, smooth: int) -> Tensor:
-    """Means of `smooth` consecutive tokens of those that count."""
+def means(x: Tensor, counted: Tensor, smooth: int) -> Tensor:
+    """Means of every `smooth` consecutive tokens of `x [B, H, N, D]`, of those that are `counted [B, H, N]`."""
     n = x.shape[2]
     blocks = -(-n // smooth)
     padded = torch.nn.functional.pad(x.masked_fill(~counted.unsqueeze(3), 0), (0, 0, 0, blocks * smooth - n))
