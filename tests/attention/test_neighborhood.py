@@ -13,7 +13,7 @@ from tests.conformance.common import ENGINES, exact, qkv, run_or_refuse, with_gr
 from tests.conformance.test_memory import allocations
 from tests.tiles.test_grid import SETTINGS, by_loops
 from tilewise.attention import XAttention, attend, plan
-from tilewise.attention.neighborhood import NeighborhoodAttention
+from tilewise.attention.recipes.neighborhood import NeighborhoodAttention
 from tilewise.tiles import NONE, Causal, Padding, Tiling
 from tilewise.tiles.grid import Neighborhood, grid_axes
 

@@ -21,6 +21,7 @@ from tilewise.attention import (
     Layout,
     Mass,
     MeanPool,
+    Means,
     Method,
     MoBA,
     Own,
@@ -338,7 +339,7 @@ def test_pooled_rest_equals_its_formula(n, tile, engine):
         compare_forced=False,
     )
     made = plan(method, q, k, mask="causal")
-    assert len(made.passes) == 2 and made.passes[1].pool is not None
+    assert len(made.passes) == 2 and isinstance(made.passes[1].reads, Means)
     run = run_or_refuse(engine, q, k, v, made)
     if run is None:
         return
@@ -405,18 +406,18 @@ def test_pooled_rest_of_empty_sequences():
 
 
 def test_a_pass_over_means_alone():
-    """`Pass(pool=..., keep=...)` by hand: every query reads the means of three uneven tiles."""
+    """`Pass(reads=Means(...))` by hand: every query reads the means of three uneven tiles."""
     q, k, v = qkv(1, 2, 1, 30)
     bounds = Tiling.from_bounds(torch.tensor([0, 4, 10, 30]))
     view = Everything().bind(30, 3)
     keep = torch.ones(1, 1, 30, dtype=torch.bool)
-    one = Pass(view=view, tiles=None, q_order=None, k_order=None, pool=bounds, keep=keep)
+    one = Pass(view=view, tiles=None, q_order=None, k_order=None, reads=Means(bounds, order=None, seen=keep))
     out = tilewise.attend(q, k, v, Plan(passes=(one,), view=Everything().bind(30, 30), seconds=0.0))
     means = [torch.stack([x[:, :, a:b].mean(2) for a, b in ((0, 4), (4, 10), (10, 30))], 2) for x in (k, v)]
     counts = torch.tensor([4.0, 6.0, 20.0], dtype=torch.float64).log().view(1, 1, 1, 3)
     want = exact(q, *means, torch.ones(30, 3, dtype=torch.bool), bias=counts.expand(1, 2, 30, 3))
     want.check({"out": out})
-    everyone = Plan((Pass(view, pool=bounds),), Everything().bind(30, 30))
+    everyone = Plan((Pass(view, reads=Means(tiling=bounds)),), Everything().bind(30, 30))
     assert torch.equal(tilewise.attend(q, k, v, everyone), out)
 
 

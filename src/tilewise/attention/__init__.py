@@ -3,7 +3,6 @@
 from tilewise.attention.api import Explanation, attend, attend_tiles, explain, plan
 from tilewise.attention.biases import LowRankBias, alibi_slopes
 from tilewise.attention.context_parallel import Traffic, context_parallel_attend, rank_positions
-from tilewise.attention.dense import Dense
 from tilewise.attention.io_cost import io_cost, lower_bound
 from tilewise.attention.io_simulator import simulate
 from tilewise.attention.io_tiling import Shapes, best_height, tiling_cost
@@ -12,26 +11,32 @@ from tilewise.attention.latent import MLA, LatentState
 from tilewise.attention.latent_shards import TPLA
 from tilewise.attention.latent_transforms import LatentTransform, reparameterize
 from tilewise.attention.method import Method, as_method, named
-from tilewise.attention.moba import KeyConvolution, MoBA, router_recall, router_snr
-from tilewise.attention.neighborhood import NeighborhoodAttention
 from tilewise.attention.neural_factors import NeuralFactors
-from tilewise.attention.orders import SegmentSort
-from tilewise.attention.pbs import PBSAttention
+from tilewise.attention.orders import Boxes, Clusters, SegmentSort
 from tilewise.attention.plans import Pass, Plan
 from tilewise.attention.precisions import Precision, Quantised, accuracy
+from tilewise.attention.reads import Lists, Means, Sample
+from tilewise.attention.recipes.dense import Dense
+from tilewise.attention.recipes.moba import KeyConvolution, MoBA, router_recall, router_snr
+from tilewise.attention.recipes.neighborhood import NeighborhoodAttention
+from tilewise.attention.recipes.pbs import PBSAttention
+from tilewise.attention.recipes.sage import SageAttention2, adaptive, output_quality
+from tilewise.attention.recipes.sink_window import SinkWindow
+from tilewise.attention.recipes.xattention import XAttention
 from tilewise.attention.rests import Pooled
-from tilewise.attention.sage import SageAttention2, adaptive, output_quality
-from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, TrueMass
-from tilewise.attention.selects import First, Mass, Own, TopK
-from tilewise.attention.sink_window import SinkWindow
-from tilewise.attention.stages import AsGiven, Layout, Recipe, Skip, Tiles
+from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, PageBounds, RandomTiles, TrueMass
+from tilewise.attention.selects import First, Mass, Own, Share, TopK
+from tilewise.attention.stages import Arrangement, AsGiven, Chosen, Layout, Recipe, Skip, Tiles
 from tilewise.attention.unified_max import FlatProducts, UnifiedMax, decode, measure_flat
-from tilewise.attention.xattention import XAttention
 
 __all__ = [
     "Antidiagonal",
+    "Arrangement",
     "AsGiven",
+    "Boxes",
     "Centroid",
+    "Chosen",
+    "Clusters",
     "Dense",
     "Explanation",
     "First",
@@ -41,25 +46,31 @@ __all__ = [
     "LatentState",
     "LatentTransform",
     "Layout",
+    "Lists",
     "LowRankBias",
     "MLA",
     "Mass",
     "MeanPool",
+    "Means",
     "Method",
     "MoBA",
     "NeighborhoodAttention",
     "NeuralFactors",
     "Own",
     "PBSAttention",
+    "PageBounds",
     "Pass",
     "Plan",
     "Pooled",
     "Precision",
     "Quantised",
+    "RandomTiles",
     "Recipe",
     "SageAttention2",
+    "Sample",
     "SegmentSort",
     "Shapes",
+    "Share",
     "SinkWindow",
     "Skip",
     "TPLA",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tilewise.attention.precisions import Applied, Precision
+from tilewise.attention.reads import Lists, Reads
 from tilewise.kernels import Choice
 from tilewise.kernels.attend_tiles import Call, attend, explain
 from tilewise.tiles import Partial, TileMap, Tiling, Visibility, merge
@@ -25,9 +27,8 @@ class Pass:
         view: what each query may see in this pass, in the tokens' own order.
         tiles: the tiles to compute, cut in permuted order; None computes all that is visible.
         q_order, k_order: permutations `[B|1, H_q|1, N_q]`, `[B|1, H_kv|1, N_k]`; None = as given.
-        pool: when set, keys and values are replaced by their means over the tiles of this tiling (cut in
-            `k_order`), each standing for its count of tokens; `view` and `tiles` then speak of the means.
-        keep: with `pool`, bool `[B|1, H_kv|1, N_k]`, the tokens that count in a mean (padding does not).
+        reads: what is read in place of the keys (see `tilewise.attention.reads`); `view` and `tiles` then speak of
+            that, and there is no `k_order`. None reads the keys.
         precision: in what numbers it is computed; None is the inputs' own precision.
     """
 
@@ -35,15 +36,41 @@ class Pass:
     tiles: TileMap | None = None
     q_order: Tensor | None = None
     k_order: Tensor | None = None
-    pool: Tiling | None = None
-    keep: Tensor | None = None
+    reads: Reads | None = None
     precision: Precision | None = None
 
     def cost(self) -> Tensor:
         """Scores computed, `[B|1, H|1]` float64."""
-        # The view of a pooled pass speaks of means, which are already in order.
-        view = self.view.permute(self.q_order, self.k_order if self.pool is None else None)
+        listed = None if self.reads is None else self.reads.cost(self.view)
+        if listed is not None:
+            return listed
+        view = self.view.permute(self.q_order, self.k_order)
         return (whole(view) if self.tiles is None else self.tiles).cost(view)[0]
+
+    def applied(self, call: Call) -> Applied:
+        """What to run for `call`, this pass over the keys themselves, and how its result is restored."""
+        restores = []
+        for change in (self.reads, self.precision):
+            if change is not None:
+                call, restore = change.apply(call)
+                restores.append(restore)
+
+        def restored(partial: Partial) -> Partial:
+            for restore in reversed(restores):
+                partial = restore(partial)
+            return partial
+
+        return Applied(call, restored)
+
+
+class Added(Protocol):
+    """A part of a method's answer that no softmax joins to the others: it is added to the merged output."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`[B, H_q, N_q, D_v]`; 0 for queries that it has nothing for."""
+
+    def cost(self) -> Tensor:
+        """Its work in scores: pairs of a query and a key, `[B|1, H|1]` float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +79,7 @@ class Plan:
 
     Attributes:
         passes: over disjoint parts of what is visible.
+        added: what is added to the merged output, outside the softmax.
         view: all that the mask makes visible, the denominator of density.
         seconds: time spent choosing, when it was measured (see `tilewise.attention.plan`).
     """
@@ -59,6 +87,7 @@ class Plan:
     passes: tuple[Pass, ...]
     view: Visibility
     seconds: float | None = None
+    added: tuple[Added, ...] = ()
 
     @property
     def tile_maps(self) -> tuple[TileMap | None, ...]:
@@ -68,6 +97,7 @@ class Plan:
     def density_by_head(self) -> Tensor:
         """Scores computed over scores in visible tiles, `[B|1, H|1]`; 0 where nothing is visible."""
         costs = [whole(self.view).cost(self.view)[1], *(p.cost() for p in self.passes)]
+        costs += [part.cost() for part in self.added]
         heads = max(cost.shape[1] for cost in costs)
         visible, *computed = torch.broadcast_tensors(*(to_heads(cost, heads) for cost in costs))
         return torch.stack(computed).sum(0) / visible.clamp(min=1)
@@ -108,10 +138,7 @@ class Plan:
         q_tokens, k_tokens = q_tokens.view(1, 1, -1), k_tokens.view(1, 1, -1)
         read = torch.zeros((), dtype=torch.bool, device=q_tokens.device)
         for p in self.passes:
-            if p.pool is not None:
-                continue
-            seen = to_heads(p.view.permute(q_tokens, k_tokens).tokens(), heads)
-            read = read | (seen if p.tiles is None else seen & _chosen(p, p.tiles, q_tokens, k_tokens, heads))
+            read = read | _kept(p, q_tokens, k_tokens, heads)
         return read.expand(read.shape[0], heads, -1, -1)
 
     def run(
@@ -129,7 +156,10 @@ class Plan:
         """Execute the passes on the chosen engine and merge them."""
         need_lse = need_lse or len(self.passes) > 1
         applied = self.applied(q, k, v, bias, scale, softcap, need_lse)
-        return merge([restore(attend(call, engine)) for call, restore in applied])
+        merged = merge([restore(attend(call, engine)) for call, restore in applied])
+        for part in self.added:
+            merged = merged._replace(out=merged.out + part.run(q, k, v, scale).to(merged.out.dtype))
+        return merged
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, engine: str = "auto", **options) -> list[Choice]:
         """Which engine would run each pass, and why the others would not."""
@@ -150,8 +180,9 @@ class Plan:
     def applied(self, q, k, v, bias, scale, softcap, need_lse) -> Iterator[Applied]:
         """The kernel's calls, one per pass and one at a time, and how each result is restored."""
         for p in self.passes:
-            call = _call(p, q, k, v, bias, scale, softcap, need_lse)
-            yield Applied(call, lambda partial: partial) if p.precision is None else p.precision.apply(call)
+            yield p.applied(
+                Call(q, k, v, p.view, p.tiles, p.q_order, p.k_order, bias, scale, softcap, need_lse)
+            )
 
 
 def whole(view: Visibility) -> TileMap:
@@ -159,9 +190,27 @@ def whole(view: Visibility) -> TileMap:
     return TileMap.everything(view.q_pos.shape[2], view.k_pos.shape[2], view.q_pos.device, COUNTED)
 
 
+def _kept(p: Pass, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
+    """`Plan.kept` for one pass, broadcastable to `[B, heads, len(q_tokens), len(k_tokens)]`."""
+    if p.reads is None:
+        seen = to_heads(p.view.permute(q_tokens, k_tokens).tokens(), heads)
+        return seen if p.tiles is None else seen & _chosen(p, p.tiles, q_tokens, k_tokens, heads)
+    entries = p.reads.read(q_tokens.flatten())  # [b|1, h|1, q|1, m]
+    if entries is None:
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q_tokens.device)
+    hits = to_heads(entries.unsqueeze(-1) == k_tokens.view(1, 1, 1, 1, -1), heads)  # [b|1, h|1, q|1, m, k]
+    if isinstance(p.reads, Lists):
+        return hits.any(3) & to_heads(p.view.permute(q_tokens, k_tokens).tokens(), heads)
+    every = torch.arange(entries.shape[3], device=q_tokens.device).view(1, 1, -1)
+    seen = to_heads(p.view.permute(q_tokens, every).tokens(), heads)
+    if p.tiles is not None:
+        seen = seen & _chosen(p, p.tiles, q_tokens, every, heads)
+    return (hits & seen.unsqueeze(-1)).any(3)
+
+
 def _chosen(p: Pass, tiles: TileMap, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
     """Whether the tile of each pair of tokens is kept: bool `[B|1, H, len(q_tokens), len(k_tokens)]`."""
-    n_q, n_k = p.view.q_pos.shape[2], p.view.k_pos.shape[2]
+    n_q, n_k = p.view.q_pos.shape[2], p.view.k_pos.shape[2]  # of a sample, n_k is its size
     keep = to_heads(tiles.keep, heads)
     b = max(x.shape[0] for x in (keep, p.q_order, p.k_order) if x is not None)
     keep = keep.expand(b, heads, -1, -1)
@@ -176,29 +225,3 @@ def _chosen(p: Pass, tiles: TileMap, q_tokens: Tensor, k_tokens: Tensor, heads: 
     )
     rows = keep.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, keep.shape[3]))
     return rows.gather(3, columns.unsqueeze(2).expand(-1, -1, rows.shape[2], -1))
-
-
-def _call(p: Pass, q, k, v, bias, scale, softcap, need_lse) -> Call:
-    if p.pool is None:
-        return Call(q, k, v, p.view, p.tiles, p.q_order, p.k_order, bias, scale, softcap, need_lse)
-    if bias is not None:
-        raise ValueError("a pooled remainder takes no bias: a bias per key has no meaning for means of keys")
-    ordered = [take(x, p.k_order) for x in (k, v)]
-    seen = None if p.keep is None else take(p.keep, p.k_order)
-    (keys, counts), (values, _) = (p.pool.mean(x, seen) for x in ordered)
-    weight = counts.clamp(min=1).to(keys.dtype).log()  # one mean stands for `count` equal keys
-    heads = q.shape[1]
-    bias = to_heads(weight, heads).unsqueeze(2)  # [b, h, 1, T]
-    return Call(
-        q,
-        keys.to(k.dtype),
-        values.to(v.dtype),
-        p.view,
-        p.tiles,
-        p.q_order,
-        None,
-        bias,
-        scale,
-        softcap,
-        need_lse,
-    )

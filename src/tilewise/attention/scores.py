@@ -35,14 +35,58 @@ def _seen(layout: Layout, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MeanPool:
-    """Softmax over tiles of the product of mean query and mean key. Grouped heads: each query head for itself."""
+    """Softmax over tiles of the product of mean query and mean key. Grouped heads: each for itself.
 
+    Args:
+        counted: whether a tile weighs as its number of keys, as it must where tiles differ in size (clusters).
+    """
+
+    counted: bool = False
     looks = "tile"
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         q = layout.q_tiling.mean(layout.q)[0]
-        k = layout.k_tiling.mean(layout.k, layout.view.keys_seen())[0]
-        return mass(grouped(q, k.to(q.dtype)) * layout.scale, among)
+        k, counts = layout.k_tiling.mean(layout.k, layout.view.keys_seen())
+        scores = grouped(q, k.to(q.dtype)) * layout.scale
+        if self.counted:
+            scores = scores + to_heads(counts.to(scores.dtype).log(), layout.heads).unsqueeze(2)
+        return mass(scores, among)
+
+
+@dataclass(frozen=True)
+class PageBounds:
+    """Quest's score: the largest product that a key of a tile could have with a query, from its minima and maxima.
+
+    Summed over the queries of a tile. Never below the true largest product. Grouped heads: each query head for
+    itself. (Tang et al., 2024, arXiv 2406.10774)
+    """
+
+    looks = "tile"
+
+    def score(self, layout: Layout, among: Tensor) -> Tensor:
+        wide = layout.q.dtype if layout.q.dtype == torch.float64 else torch.float32
+        hidden = ~layout.view.keys_seen().unsqueeze(-1)
+        k = layout.k.to(wide)
+        most = layout.k_tiling.split(k.masked_fill(hidden, -torch.inf), -torch.inf).amax(3)
+        least = layout.k_tiling.split(k.masked_fill(hidden, torch.inf), torch.inf).amin(3)
+        most, least = (x.masked_fill(~x.isfinite(), 0) for x in (most, least))  # tiles without a key
+        q = layout.q_tiling.split(layout.q.to(wide) * layout.scale, 0)
+        up, down = q.clamp(min=0).sum(3), q.clamp(max=0).sum(3)
+        return grouped(up, most) + grouped(down, least)
+
+
+@dataclass(frozen=True)
+class RandomTiles:
+    """Scores drawn at random, for controls: what a choice is worth that looks at nothing. Equal for equal `seed`."""
+
+    seed: int = 0
+    looks = "none"
+
+    def score(self, layout: Layout, among: Tensor) -> Tensor:
+        b, heads, n_q, _ = layout.q.shape
+        shape = (b, heads, layout.q_tiling.count(n_q), layout.k_tiling.count(layout.k.shape[2]))
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(shape, generator=generator).to(layout.q.device)
 
 
 @dataclass(frozen=True)

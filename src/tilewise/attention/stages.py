@@ -13,15 +13,33 @@ from typing import Protocol
 from torch import Tensor
 
 from tilewise.attention.method import LOOKAHEADS, Method
-from tilewise.attention.plans import Pass, Plan
+from tilewise.attention.plans import Added, Pass, Plan
 from tilewise.attention.precisions import Precision
 from tilewise.tiles import NONE, TileMap, Tiling, Visibility
 from tilewise.tiles.visibility import take, to_heads
 
 
 @dataclass(frozen=True, eq=False)
+class Arrangement:
+    """Which tokens share a tile: how queries and keys are ordered, and then cut.
+
+    Args:
+        q_tiling, k_tiling: the cuts. q_order `[B|1, H_q|1, N_q]`, k_order `[B|1, H_kv|1, N_k]`: which token stands
+            at each place; None leaves tokens where they are.
+    """
+
+    q_tiling: Tiling
+    k_tiling: Tiling
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """What the stages after `order` work on: queries and keys in tile order, and how they are cut."""
+    """What the stages after `order` work on: queries and keys in tile order, and how they are cut.
+
+    `view` is in tile order; `given` is the same in the tokens' own order, from which `q_order` and `k_order` lead.
+    """
 
     q: Tensor
     k: Tensor
@@ -29,6 +47,9 @@ class Layout:
     q_tiling: Tiling
     k_tiling: Tiling
     scale: float
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
+    given: Visibility | None = None
 
     @property
     def heads(self) -> int:
@@ -40,20 +61,24 @@ class Layout:
 
 
 class Order(Protocol):
-    """Chooses permutations of queries and keys."""
+    """Chooses which tokens share a tile."""
 
-    looks: str
+    @property
+    def looks(self) -> str:
+        """How far the choice for a query depends on later queries, see `Method.lookahead`."""
 
-    def permutations(
-        self, q: Tensor, k: Tensor, view: Visibility, scale: float
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Orders `[B|1, H_q|1, N_q]` and `[B|1, H_kv|1, N_k]`; None leaves tokens where they are."""
+    def arrange(
+        self, q: Tensor, k: Tensor, view: Visibility, scale: float, tile: tuple[int, int]
+    ) -> Arrangement:
+        """How tokens are ordered and cut; `tile` is the (queries, keys) asked for, which clusters may ignore."""
 
 
 class Score(Protocol):
     """Says how much a tile matters."""
 
-    looks: str
+    @property
+    def looks(self) -> str:
+        """As in `Order`."""
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         """Float32 `[B, H_q, T_q, T_k]`; only compared within a row. `among` marks the tiles to compare."""
@@ -69,15 +94,36 @@ class Always(Protocol):
 class Select(Protocol):
     """Turns scores into a choice of tiles."""
 
+    @property
+    def looks(self) -> str:
+        """As in `Order`."""
+
     def select(self, scores: Tensor, among: Tensor, forced: Tensor) -> Tensor:
         """Bool `[B, H_q, T_q, T_k]`: chosen tiles of `among`; `forced` tiles are chosen first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What select decided.
+
+    Args:
+        scores: float32 `[B, H_q, T_q, T_k]`. keep: bool, the tiles that are paid for. left: bool, visible tiles
+            that are not.
+    """
+
+    scores: Tensor
+    keep: Tensor
+    left: Tensor
 
 
 class Rest(Protocol):
     """Says what tiles that were not chosen contribute."""
 
-    def passes(self, layout: Layout, view: Visibility, left: Tensor, q_order, k_order) -> tuple[Pass, ...]:
-        """Further passes for the tiles `left` (bool `[B, H_q, T_q, T_k]`, all visible)."""
+    def passes(self, layout: Layout, chosen: Chosen) -> tuple[Pass, ...]:
+        """Further passes, over the tiles `chosen.left` or some of them."""
+
+    def added(self, layout: Layout, chosen: Chosen) -> tuple[Added, ...]:
+        """What they give outside the softmax."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +132,18 @@ class AsGiven:
 
     looks = "none"
 
-    def permutations(self, q, k, view, scale):
-        return None, None
+    def arrange(self, q, k, view, scale, tile):
+        return Arrangement(Tiling(tile[0]), Tiling(tile[1]))
 
 
 @dataclass(frozen=True)
 class Skip:
     """Rest: tiles that were not chosen contribute nothing."""
 
-    def passes(self, layout, view, left, q_order, k_order):
+    def passes(self, layout, chosen):
+        return ()
+
+    def added(self, layout, chosen):
         return ()
 
 
@@ -129,7 +178,7 @@ class Tiles(Method):
         score = self.score.looks
         if score == "tile" and self.tile[0] == 1 and self._own_apart():
             score = "none"
-        return max(self.order.looks, score, key=LOOKAHEADS.index)
+        return max(self.order.looks, score, self.select.looks, key=LOOKAHEADS.index)
 
     def _own_apart(self) -> bool:
         """Whether a tile that holds later keys, the query's own, has no say in the choice of others."""
@@ -137,20 +186,25 @@ class Tiles(Method):
         return own and (not self.compare_forced or getattr(self.select, "by_rank", False))
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
-        q_order, k_order = self.order.permutations(q, k, view, scale)
-        q_tiling, k_tiling = Tiling(self.tile[0]), Tiling(self.tile[1])
-        ordered = view.permute(q_order, k_order)
-        layout = Layout(take(q, q_order), take(k, k_order), ordered, q_tiling, k_tiling, scale)
+        at = self.order.arrange(q, k, view, scale, self.tile)
+        ordered = view.permute(at.q_order, at.k_order)
+        layout = Layout(
+            take(q, at.q_order), take(k, at.k_order), ordered, at.q_tiling, at.k_tiling, scale,
+            at.q_order, at.k_order, view,
+        )  # fmt: skip
         kinds = layout.kinds()
         visible = kinds != NONE
         forced = visible & False
         for stage in self.always:
             forced = forced | (to_heads(stage.tiles(layout, visible), layout.heads) & visible)
         among = visible if self.compare_forced else visible & ~forced
-        keep = self.select.select(self.score.score(layout, among), among, forced) & visible | forced
-        exact = Pass(view, TileMap(keep, q_tiling, k_tiling), q_order, k_order, precision=self.precision)
-        rest = self.rest.passes(layout, view, visible & ~keep, q_order, k_order)
-        return Plan((exact, *rest), view)
+        scores = self.score.score(layout, among)
+        keep = self.select.select(scores, among, forced) & visible | forced
+        tiles = TileMap(keep, at.q_tiling, at.k_tiling)
+        exact = Pass(view, tiles, at.q_order, at.k_order, precision=self.precision)
+        chosen = Chosen(scores, keep, visible & ~keep)
+        passes = (exact, *self.rest.passes(layout, chosen))
+        return Plan(passes, view, added=self.rest.added(layout, chosen))
 
 
 class Recipe(Method):

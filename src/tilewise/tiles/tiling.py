@@ -98,6 +98,19 @@ class Tiling:
         beyond = beyond.reshape(*beyond.shape, *[1] * (x.ndim - 3))
         return out.masked_fill(beyond, fill)
 
+    def join(self, x: Tensor, n: int) -> Tensor:
+        """Undo `split`: `[B, H, T, size, ...]` to `[B, H, n, ...]`."""
+        flat = x.flatten(2, 3)
+        if self.bounds is None:
+            return flat[:, :, :n]
+        own = self.ids(n, x.device)
+        first = self.bounds.to(x.device)[..., :-1].expand(*own.shape[:2], -1).gather(2, own)
+        place = own * self.size + torch.arange(n, device=x.device) - first  # [b, h, n]
+        place = to_heads(place, x.shape[1]).expand(*x.shape[:2], n)
+        return flat.gather(
+            2, place.reshape(*place.shape, *[1] * (x.ndim - 4)).expand(-1, -1, -1, *x.shape[4:])
+        )
+
     def sizes(self, n: int, device: torch.device | str) -> Tensor:
         """Tokens in each tile: int64 `[1|B, 1|H, T]`."""
         if self.bounds is not None:

@@ -1,0 +1,1 @@
+"""Recipes: named methods with a paper's defaults, a file each."""
