@@ -15,7 +15,9 @@ from tests.conformance.common import ENGINES, exact, grid, qkv, repeat, run_or_r
 from tilewise.attention import (
     Antidiagonal,
     AsGiven,
+    Boxes,
     Centroid,
+    Clusters,
     First,
     KeyConvolution,
     Layout,
@@ -25,12 +27,15 @@ from tilewise.attention import (
     Method,
     MoBA,
     Own,
+    PageBounds,
     Pass,
     PBSAttention,
     Plan,
     Pooled,
+    RandomTiles,
     Recipe,
     SegmentSort,
+    Share,
     SinkWindow,
     Skip,
     Tiles,
@@ -42,6 +47,7 @@ from tilewise.attention import (
     router_snr,
 )
 from tilewise.tiles import Causal, Documents, Everything, Mask, Padding, TileMap, Tiling
+from tilewise.tiles.visibility import take
 
 # Selects
 
@@ -105,6 +111,42 @@ def test_mass_never_leaves_a_row_empty_when_sums_stay_below_one():
         assert int(chosen.sum()) == math.ceil(threshold * 3 - 1e-6)
     one = torch.tensor([[[[1.0, 0.0, 0.0]]]])
     assert Mass(0.5).select(one, every, every & False).tolist() == [[[[True, False, False]]]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(row=rows(), share=st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.999, 1.0]))
+def test_share_takes_that_part_of_the_tiles(row, share):
+    scores, among, forced = row
+    chosen = Share(share=share).select(scores=scores, among=among, forced=forced)
+    assert not (chosen & ~among).any()
+    assert int(chosen.sum()) == math.ceil(share * int(among.sum()) - 1e-6)
+    assert not (forced & ~chosen).any() or not (chosen & ~forced).any()  # forced ones come first
+    best, others = scores[chosen & ~forced], scores[among & ~chosen & ~forced]
+    assert not best.numel() or not others.numel() or best.min() >= others.max()
+
+
+@pytest.mark.parametrize("kind", ["top-k", "share", "mass"])
+def test_rows_of_a_head_may_share_a_budget(kind):
+    """Over the head, the same rule as over one long row; rows with nothing of worth get nothing."""
+    scores = torch.rand(2, 3, 4, 6) * torch.tensor([1.0, 1e-3, 1.0, 1e-3]).view(1, 1, 4, 1)
+    among = torch.rand(2, 1, 4, 6) < 0.8
+    forced = among & (torch.rand(2, 1, 4, 6) < 0.1)
+    made = {
+        "top-k": lambda over: TopK(k=2, over=over),
+        "share": lambda over: Share(share=0.3, over=over),
+        "mass": lambda over: Mass(threshold=0.6, over=over),
+    }[kind]
+    assert (made("head").looks, made("row").looks) == ("prompt", "none")
+    chosen = made("head").select(scores, among, forced)
+    wide = [x.expand(2, 3, 4, 6).reshape(2, 3, 1, 24) for x in (scores, among, forced)]
+    row = TopK(k=8) if kind == "top-k" else made("row")
+    assert torch.equal(chosen.view(2, 3, 1, 24), row.select(*wide))
+    assert chosen[:, :, [0, 2]].sum() > 2 * chosen[:, :, [1, 3]].sum()
+    assert Tiles(score=MeanPool(), select=made("head")).lookahead == "prompt"
+    with pytest.raises(ValueError, match="over must be 'row' or 'head', got 'layer'"):
+        made("layer")
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
+        Share(share=0)
 
 
 # Always
@@ -233,6 +275,50 @@ def test_means_leave_padding_out():
     assert (centroid[..., 0] == 0).all()  # a tile of nothing but padding
 
 
+def test_counted_means_weigh_as_their_keys():
+    """Uneven tiles: with equal scores, a tile's share is its share of the keys."""
+    q, k, _ = qkv(1, 2, 1, 64)
+    view = Everything().bind(64, 64)
+    tiling = Tiling.from_bounds(torch.tensor([0, 8, 40, 64]))
+    layout = Layout(q, torch.zeros_like(k), view, Tiling(16), tiling, 1.0)
+    among = layout.kinds() != 0
+    want = torch.tensor([8, 32, 24]) / 64
+    torch.testing.assert_close(
+        MeanPool(counted=True).score(layout, among), want.expand(1, 2, 4, 3), check_dtype=False
+    )
+    plain = MeanPool(counted=False).score(layout, among)
+    torch.testing.assert_close(plain, torch.full((1, 2, 4, 3), 1 / 3), check_dtype=False)
+
+
+@pytest.mark.parametrize("tile", [(1, 8), (5, 16)], ids=str)
+def test_page_bounds_are_never_below_the_largest_product(tile):
+    q, k, _ = qkv(1, 4, 2, 50)
+    keep = torch.arange(50).ge(11).unsqueeze(0)
+    layout = _layout(q, torch.where(keep.view(1, 1, -1, 1), k, 1e6), Causal() & Padding(keep), tile)
+    got = PageBounds().score(layout, layout.kinds() != 0)
+    products = q @ repeat(k, 4).mT * 8**-0.5
+    rows, columns = got.shape[2:]
+    for t in range(rows):
+        for c in range(columns):
+            real = [j for j in range(c * tile[1], min((c + 1) * tile[1], 50)) if j >= 11]
+            block = products[:, :, t * tile[0] : (t + 1) * tile[0]]
+            if real:
+                assert (got[:, :, t, c] >= block[..., real].amax(-1).sum(-1) - 1e-5).all()
+            else:
+                assert (got[:, :, t, c] == 0).all()
+    one = _layout(q[:, :, :1], k[:, :, :1], Causal(), (1, 1))  # a page of one key: the product itself
+    want = products[:, :, :1, :1]
+    torch.testing.assert_close(PageBounds().score(one, one.kinds() != 0), want)
+
+
+def test_random_tiles_look_at_nothing():
+    q, k, _ = qkv(2, 4, 2, 50)
+    layouts = [_layout(x, y, Causal()) for x, y in ((q, k), (-q, 3 * k))]
+    one, other = (RandomTiles(seed=3).score(x, x.kinds() != 0) for x in layouts)
+    assert torch.equal(one, other) and one.shape == (2, 4, 4, 4) and float(one.std()) > 0.2
+    assert not torch.equal(one, RandomTiles(seed=4).score(layouts[0], layouts[0].kinds() != 0))
+
+
 def test_mean_pool_is_a_softmax_over_tiles():
     q, k, _ = qkv(1, 2, 1, 64)
     layout = _layout(q, k, Causal())
@@ -302,6 +388,68 @@ def test_segment_sort_permutes_within_segments_by_attention_from_the_last_querie
         assert q_order.shape == (2, 4, n)
         assert torch.equal(q_order.sort(-1).values, torch.arange(n).expand(2, 4, n))
         assert torch.equal(q_order // 32, torch.arange(n).expand(2, 4, n) // 32)
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("box", [(2, 2, 3), (3, 4, 4), (9, 9, 9)], ids=str)
+def test_boxes_put_blocks_of_a_grid_into_tiles(box, before):
+    """Token by token: two tokens share a tile when their coordinates, divided by the box, are equal."""
+    grid_, n = (3, 4, 6), 72 + before
+    q, k, v = qkv(1, 4, 2, n)
+    order = Boxes(grid=grid_, box=box, before=before)
+    at = order.arrange(q, k, Everything().bind(n, n), 1.0, (128, 128))
+    assert torch.equal(at.q_order, at.k_order)
+    own = torch.empty(n, dtype=torch.int64)
+    own[at.k_order[0, 0]] = at.k_tiling.ids(n, "cpu")[0, 0]
+    place = torch.stack(torch.meshgrid(*(torch.arange(x) for x in grid_), indexing="ij"), -1).flatten(0, 2)
+    cell = place // torch.tensor(box)
+    same = (cell.unsqueeze(0) == cell.unsqueeze(1)).all(-1)
+    assert torch.equal(own[before:].unsqueeze(0) == own[before:].unsqueeze(1), same)
+    assert not torch.isin(own[:before], own[before:]).any()
+    dense = Tiles(score=RandomTiles(), select=Share(1.0), order=order)
+    exact(q, k, v, torch.ones(n, n, dtype=torch.bool)).check({"out": tilewise.attend(q, k, v, dense)})
+    with pytest.raises(ValueError, match=f"has {n} tokens, got {n - 1} queries"):
+        order.arrange(q[:, :, 1:], k, Everything().bind(n - 1, n), 1.0, (1, 1))
+    with pytest.raises(ValueError, match="before must be an integer >= 0, got -1"):
+        Boxes(grid_, box, before=-1)
+    with pytest.raises(ValueError, match="tile must be 3 integers"):
+        Boxes(grid_, (2, 2))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_clusters_share_tiles_and_full_density_is_dense(mask):
+    q, k, v = qkv(2, 4, 2, 50)
+    order = Clusters(queries=5, keys=7, iterations=2, seed=1)
+    at = order.arrange(q, k, mask.bind(50, 50), 1.0, (128, 128))
+    assert at.q_order.shape == (2, 4, 50) and at.k_order.shape == (2, 2, 50)
+    assert at.q_tiling.bounds.shape == (2, 4, 6) and at.k_tiling.bounds.shape == (2, 2, 8)
+    method = Tiles(score=MeanPool(counted=True), select=Mass(1.0), order=order, rest=Pooled())
+    assert method.lookahead == "prompt"
+    seen = mask.bind(50, 50).tokens()
+    exact(q, k, v, seen).check({"out": tilewise.attend(q, k, v, method, mask=mask)})
+    for name in ("queries", "keys", "iterations"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
+            Clusters(**{"queries": 2, "keys": 2, name: 0})
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 10**9])
+def test_true_mass_of_clusters_is_summed_over_their_tokens(at_once, monkeypatch):
+    """Tiles of uneven size, however many queries are weighed at a time."""
+    from tilewise.attention import scores
+
+    monkeypatch.setattr(scores, "AT_ONCE", at_once)
+    q, k, _ = qkv(1, 4, 2, 50)
+    view = Causal().bind(50, 50)
+    at = Clusters(queries=4, keys=6).arrange(q, k, view, 1.0, (1, 1))
+    ordered = [take(q, at.q_order), take(k, at.k_order)]
+    layout = Layout(*ordered, view.permute(at.q_order, at.k_order), at.q_tiling, at.k_tiling, 8**-0.5)
+    got = TrueMass().score(layout, layout.kinds() != 0)
+    weights = (q @ repeat(k, 4).mT * 8**-0.5).masked_fill(~view.tokens(), -torch.inf).softmax(-1)
+    rows = torch.empty(1, 4, 50, dtype=torch.int64).scatter_(2, at.q_order, at.q_tiling.ids(50, "cpu"))
+    columns = torch.empty(1, 2, 50, dtype=torch.int64).scatter_(2, at.k_order, at.k_tiling.ids(50, "cpu"))
+    one_hot = torch.nn.functional.one_hot
+    want = one_hot(rows, 4).double().mT @ weights @ one_hot(repeat(columns, 4), 6).double()
+    assert float((got - want).abs().max()) <= 50 * 66 * torch.finfo(torch.float32).eps
 
 
 # Rests
@@ -424,14 +572,19 @@ def test_a_pass_over_means_alone():
 # Compositions and recipes
 
 
-SCORES = (MeanPool(), Centroid(), Antidiagonal(4), TrueMass())
-SELECTS = (TopK(2), Mass(0.6))
-ORDERS = (AsGiven(), SegmentSort(segment=32, probe=8), SegmentSort(segment=32, probe=8, queries=True))
+SCORES = (MeanPool(), Centroid(), Antidiagonal(4), PageBounds(), TrueMass())
+SELECTS = (TopK(2), Mass(0.6), Share(0.4, over="head"))
+ORDERS = (
+    AsGiven(),
+    SegmentSort(segment=32, probe=8),
+    SegmentSort(segment=32, probe=8, queries=True),
+    Clusters(queries=4, keys=5),
+)
 
 
 @pytest.mark.parametrize("compare_forced", [True, False])
-@pytest.mark.parametrize("order", ORDERS, ids=["given", "keys", "both"])
-@pytest.mark.parametrize("select", SELECTS, ids=["top-k", "mass"])
+@pytest.mark.parametrize("order", ORDERS, ids=["given", "keys", "both", "clusters"])
+@pytest.mark.parametrize("select", SELECTS, ids=["top-k", "mass", "share of a head"])
 @pytest.mark.parametrize("score", SCORES, ids=lambda s: type(s).__name__)
 def test_any_composition_computes_what_it_plans(score, select, order, compare_forced):
     """Order x score x select x always: forced tiles are there, hidden ones are not, arithmetic is exact."""
@@ -447,6 +600,10 @@ def test_any_composition_computes_what_it_plans(score, select, order, compare_fo
         )
         q, k, v = qkv(2, 4, 2, 97)
         mask = Causal() & Padding(torch.arange(97).ge(torch.tensor([[0], [20]])))
+        if isinstance(score, Antidiagonal) and isinstance(order, Clusters):
+            with pytest.raises(ValueError, match="antidiagonal scores need tiles in multiples of stride 4"):
+                plan(method, q, k, mask=mask)
+            continue
         made = plan(method, q, k, mask=mask)
         seen = grid(made, 2, 4, 97, 97)
         assert not (seen & ~mask.bind(97, 97).tokens()).any()

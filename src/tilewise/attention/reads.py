@@ -171,7 +171,7 @@ class Lists:
         if call.bias is not None:
             raise ValueError("token-level selection takes no bias")
         b, heads, n_q, d = call.q.shape
-        kv_heads, n_k = call.k.shape[1:3]
+        kv_heads, n_k, d_v = call.k.shape[1], call.k.shape[2], call.v.shape[3]
         groups = self.index.shape[1]
         index = self.index.expand(b, -1, -1, -1)
         rows, listed = b * groups * n_q, index.shape[3]
@@ -188,7 +188,7 @@ class Lists:
             made = made.gathered()
 
         def restore(partial: Partial) -> Partial:
-            out = partial.out.view(b, groups, n_q, share_q, -1).transpose(2, 3).reshape(b, heads, n_q, -1)
+            out = partial.out.view(b, groups, n_q, share_q, d_v).transpose(2, 3).reshape(b, heads, n_q, d_v)
             lse = partial.lse
             if lse is not None:
                 lse = lse.view(b, groups, n_q, share_q).transpose(2, 3).reshape(b, heads, n_q)

@@ -77,7 +77,7 @@ class PageBounds:
 
 @dataclass(frozen=True)
 class RandomTiles:
-    """Scores drawn at random, for controls: what a choice is worth that looks at nothing. Equal for equal `seed`."""
+    """Scores drawn at random, for controls: what a choice is worth that looks at nothing. `seed` fixes them."""
 
     seed: int = 0
     looks = "none"
@@ -161,20 +161,14 @@ class TrueMass:
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         b, heads, n_q, _ = layout.q.shape
-        step = (
-            max(1, AT_ONCE // max(1, b * heads * layout.k.shape[2] * layout.q_tiling.size))
-            * layout.q_tiling.size
-        )
+        step = max(1, AT_ONCE // max(1, b * heads * layout.k.shape[2]))
         out = []
         for start in range(0, n_q, step):
             some = torch.arange(start, min(start + step, n_q), device=layout.q.device).view(1, 1, -1)
             seen = to_heads(layout.view.permute(some, None).tokens(), heads)
             logits = grouped(layout.q[:, :, start : start + step] * layout.scale, layout.k).float()
             weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num_(0)
-            summed = layout.k_tiling.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3)
-            out.append(layout.q_tiling.split(summed, 0).sum(3))
-        if not out:
-            return layout.q.new_zeros(
-                b, heads, 0, layout.k_tiling.count(layout.k.shape[2]), dtype=torch.float32
-            )
-        return torch.cat(out, 2)
+            out.append(layout.k_tiling.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3))
+        columns = layout.k_tiling.count(layout.k.shape[2])
+        by_query = torch.cat(out, 2) if out else layout.q.new_zeros(b, heads, 0, columns, dtype=torch.float32)
+        return layout.q_tiling.split(by_query, 0).sum(3)
