@@ -12,7 +12,7 @@ from torch import Tensor
 import tilewise
 from tests.conformance.common import exact, naive, over_budget, qkv, with_grads
 from tests.ranks import RanksFailed, run_ranks
-from tilewise.attention.context_parallel import Traffic, context_parallel_attend, rank_positions
+from tilewise.attention.context_parallel.attend import Traffic, context_parallel_attend, rank_positions
 from tilewise.tiles import (
     Causal,
     Documents,
@@ -342,8 +342,8 @@ def test_zigzag_queries_go_round_by_halves():
 
 def listen(rank: int, world: int, case: Case) -> tuple[list[str], int, int]:
     """Attend, noting the order of what happens and what is really handed to torch.distributed."""
-    import tilewise.attention.context_parallel_schedules as schedules
-    from tilewise.attention.context_parallel_traffic import Exchange
+    import tilewise.attention.context_parallel.schedules as schedules
+    from tilewise.attention.context_parallel.traffic import Exchange
 
     events: list[str] = []
     sent = [0]
@@ -376,7 +376,7 @@ def test_messages_are_under_way_during_the_computation(schedule):
 
 
 def test_traffic_as_text():
-    from tilewise.attention.context_parallel import Message
+    from tilewise.attention.context_parallel.attend import Message
 
     message = Message(phase="forward", step=1, kind="q", source=0, target=1, way="down", bytes=24)
     traffic = Traffic(messages=[message], scores=3)
@@ -469,7 +469,7 @@ def test_a_rank_that_does_not_call_is_shown_not_waited_for():
 
 
 def test_masks_of_other_kinds_are_told_apart():
-    from tilewise.attention.context_parallel import _kind
+    from tilewise.attention.context_parallel.attend import _kind
 
     masks = [Everything(), Causal(), Window(3, 0), Window(3, None), Causal() & Window(3, 0), Prefix(3)]
     masks.append(TokenMask(torch.ones(2, 2, dtype=torch.bool)))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tilewise.attention.io_cache import Cache, CacheError
-from tilewise.attention.io_cost import (
+from tilewise.attention.io.cache import Cache, CacheError
+from tilewise.attention.io.cost import (
     ALGORITHMS,
     curve,
     flash_tile,
@@ -18,8 +18,8 @@ from tilewise.attention.io_cost import (
     square_side,
     working_set,
 )
-from tilewise.attention.io_simulator import simulate
-from tilewise.attention.io_tiling import Shapes, best_height, tiling_cost, torch_tile
+from tilewise.attention.io.simulator import simulate
+from tilewise.attention.io.tiling import Shapes, best_height, tiling_cost, torch_tile
 from tilewise.kernels.attend_tiles import Call
 from tilewise.kernels.attend_tiles.blocks import SCORES
 from tilewise.tiles import Causal, TileMap, Tiling, Visibility, as_mask

@@ -12,9 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conformance.common import over_budget
 from tests.conformance.test_memory import allocations
-from tilewise.attention import kernelized
-from tilewise.attention.kernelized import FEATURES, KernelizedRPE, definition, draw, features, kernelized_rpe
-from tilewise.attention.kernelized_toeplitz import NUMBERS, Mix, chunks, fast_length, rounding
+from tilewise.attention.kernelized import rpe as kernelized
+from tilewise.attention.kernelized.rpe import (
+    FEATURES,
+    KernelizedRPE,
+    definition,
+    draw,
+    features,
+    kernelized_rpe,
+)
+from tilewise.attention.kernelized.toeplitz import NUMBERS, Mix, chunks, fast_length, rounding
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 1000)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.conformance.common import exact, over_budget, widest
-from tilewise.attention import paged_attend
-from tilewise.attention.balance import (
+from tilewise.attention.paged import attend as paged_attend
+from tilewise.attention.paged.attend import attend_paged
+from tilewise.attention.paged.balance import (
     Balance,
     Item,
     balance,
@@ -20,16 +21,13 @@ from tilewise.attention.balance import (
     decode_partials,
     lean_decode,
 )
-from tilewise.attention.cascade import Shared, cascade
-from tilewise.attention.paged import Pages
-from tilewise.attention.paged_attend import attend_paged
+from tilewise.attention.paged.cascade import Shared, cascade
+from tilewise.attention.paged.pages import Pages
 from tilewise.kernels import EngineRefused
 from tilewise.kernels.attend_tiles import Call
 from tilewise.tiles import Partial, Window, merge
 
-cascade_module = importlib.import_module(
-    "tilewise.attention.cascade"
-)  # the package has the function by this name
+cascade_module = importlib.import_module("tilewise.attention.paged.cascade")
 ENGINES = ["native", "torch", "definition"]
 RAGGED = [37, 0, 130, 1, 64, 5]
 

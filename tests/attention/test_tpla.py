@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
-from tilewise.attention.latent import MLA, LatentState
-from tilewise.attention.latent_shards import TPLA
-from tilewise.attention.latent_transforms import LatentTransform, reparameterize
+from tilewise.attention.latent.mla import MLA, LatentState
+from tilewise.attention.latent.shards import TPLA
+from tilewise.attention.latent.transforms import LatentTransform, reparameterize
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 

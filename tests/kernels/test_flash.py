@@ -15,8 +15,8 @@ import tilewise
 from tests.conformance.common import exact, naive, over_budget, qkv, run_or_refuse, with_grads
 from tests.conformance.test_memory import allocations
 from tilewise.attention import attend_tiles
-from tilewise.attention.io_cost import io_cost
-from tilewise.attention.io_tiling import Shapes, tiling_cost, torch_tile
+from tilewise.attention.io.cost import io_cost
+from tilewise.attention.io.tiling import Shapes, tiling_cost, torch_tile
 from tilewise.kernels.attend_tiles import Call, definition
 from tilewise.kernels.attend_tiles import torch as torch_engine
 from tilewise.tiles import Causal, Everything, TileMap, Window

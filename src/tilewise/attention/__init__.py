@@ -2,14 +2,14 @@
 
 from tilewise.attention.api import Explanation, attend, attend_tiles, explain, plan
 from tilewise.attention.biases import LowRankBias, alibi_slopes
-from tilewise.attention.context_parallel import Traffic, context_parallel_attend, rank_positions
-from tilewise.attention.io_cost import io_cost, lower_bound
-from tilewise.attention.io_simulator import simulate
-from tilewise.attention.io_tiling import Shapes, best_height, tiling_cost
-from tilewise.attention.kernelized import KernelizedRPE, kernelized_rpe
-from tilewise.attention.latent import MLA, LatentState
-from tilewise.attention.latent_shards import TPLA
-from tilewise.attention.latent_transforms import LatentTransform, reparameterize
+from tilewise.attention.context_parallel.attend import Traffic, context_parallel_attend, rank_positions
+from tilewise.attention.io.cost import io_cost, lower_bound
+from tilewise.attention.io.simulator import simulate
+from tilewise.attention.io.tiling import Shapes, best_height, tiling_cost
+from tilewise.attention.kernelized.rpe import KernelizedRPE, kernelized_rpe
+from tilewise.attention.latent.mla import MLA, LatentState
+from tilewise.attention.latent.shards import TPLA
+from tilewise.attention.latent.transforms import LatentTransform, reparameterize
 from tilewise.attention.method import Method, as_method, named
 from tilewise.attention.neural_factors import NeuralFactors
 from tilewise.attention.orders import Boxes, Clusters, SegmentSort

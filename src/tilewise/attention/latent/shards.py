@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tilewise.attention.latent import MLA, LatentState, attend_latent, check_input, rotate
-from tilewise.attention.latent_transforms import LatentTransform, reparameterize
+from tilewise.attention.latent.mla import MLA, LatentState, attend_latent, check_input, rotate
+from tilewise.attention.latent.transforms import LatentTransform, reparameterize
 
 SCORES = ("part", "share")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.attention.latent import MLA
+from tilewise.attention.latent.mla import MLA
 
 
 @dataclass(frozen=True, eq=False)

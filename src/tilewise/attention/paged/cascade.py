@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.attention.paged import Pages
-from tilewise.attention.paged_attend import (
+from tilewise.attention.paged.attend import (
     Keys,
     LogitsHook,
     MaskFunction,
@@ -19,6 +18,7 @@ from tilewise.attention.paged_attend import (
     check_queries,
     places,
 )
+from tilewise.attention.paged.pages import Pages
 from tilewise.tiles import Mask, Partial, merge
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tilewise.attention.kernelized_toeplitz import WIDE, Mix, direct_rows, rounding
+from tilewise.attention.kernelized.toeplitz import WIDE, Mix, direct_rows, rounding
 
 FEATURES = ("positive", "trigonometric")
 PRODUCTS = ("auto", "fft", "direct")

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tilewise.attention.api import explain
-from tilewise.attention.context_parallel_layout import LAYOUTS, Spread, rank_positions
-from tilewise.attention.context_parallel_local import Map
-from tilewise.attention.context_parallel_schedules import SCHEDULES, Job, SpreadAttention
-from tilewise.attention.context_parallel_traffic import Message, Ring, Traffic, gather_sizes
+from tilewise.attention.context_parallel.layout import LAYOUTS, Spread, rank_positions
+from tilewise.attention.context_parallel.local import Map
+from tilewise.attention.context_parallel.schedules import SCHEDULES, Job, SpreadAttention
+from tilewise.attention.context_parallel.traffic import Message, Ring, Traffic, gather_sizes
 from tilewise.attention.method import Method, as_method
 from tilewise.tiles import Mask, Partial, as_mask
 from tilewise.tiles.masks import Both, Placed

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.attention.paged import Pages
+from tilewise.attention.paged.pages import Pages
 from tilewise.kernels.attend_tiles import Call, attend
 from tilewise.tiles import Mask, Partial, Visibility, as_mask
 from tilewise.tiles.visibility import to_heads
@@ -41,7 +41,7 @@ def attend_paged(
     Differs from the paper: variants are arguments, not code compiled into a kernel. Masks (windows, documents, any
     boolean), soft cap and bias run on every engine; a `logits_hook` is exact on every engine too, but slow, as the
     pages are gathered and all scores made before the engine sees them. Variants without a softmax (sigmoid
-    attention) are not offered. Scheduling is the engine's (see `tilewise.attention.balance`).
+    attention) are not offered. Scheduling is the engine's (see `tilewise.attention.paged.balance`).
 
     Args:
         q: `[B, H_q, n_q, D]`, in the pools' dtype, the last n_q tokens of each sequence; with `cu_seqlens`

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.attention.io_cache import Cache
-from tilewise.attention.io_cost import flash_tile, square_side
+from tilewise.attention.io.cache import Cache
+from tilewise.attention.io.cost import flash_tile, square_side
 
 
 class Simulated(NamedTuple):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.attention.paged import Pages
-from tilewise.attention.paged_attend import Keys
+from tilewise.attention.paged.attend import Keys
+from tilewise.attention.paged.pages import Pages
 from tilewise.kernels.attend_tiles import Call, attend
 from tilewise.tiles import Everything, Partial, merge
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tilewise.attention.api import attend
-from tilewise.attention.context_parallel_layout import Spread, Trip, placed, visible
-from tilewise.attention.context_parallel_traffic import Traffic
+from tilewise.attention.context_parallel.layout import Spread, Trip, placed, visible
+from tilewise.attention.context_parallel.traffic import Traffic
 from tilewise.kernels.attend_tiles import Call, explain
 from tilewise.kernels.attend_tiles.op import IMPLEMENTATIONS
 from tilewise.tiles import Mask, Partial, TileMap, merge

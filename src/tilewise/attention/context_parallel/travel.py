@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.attention.context_parallel_layout import Spread, Trip
-from tilewise.attention.context_parallel_traffic import Exchange, Ring
+from tilewise.attention.context_parallel.layout import Spread, Trip
+from tilewise.attention.context_parallel.traffic import Exchange, Ring
 
 
 class Form(NamedTuple):

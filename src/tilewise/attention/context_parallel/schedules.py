@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tilewise.attention.context_parallel_layout import Spread, Trip
-from tilewise.attention.context_parallel_local import Map, Running, attend_block, attend_block_backward, wide
-from tilewise.attention.context_parallel_traffic import Ring
-from tilewise.attention.context_parallel_travel import Block, Form, Travel
+from tilewise.attention.context_parallel.layout import Spread, Trip
+from tilewise.attention.context_parallel.local import Map, Running, attend_block, attend_block_backward, wide
+from tilewise.attention.context_parallel.traffic import Ring
+from tilewise.attention.context_parallel.travel import Block, Form, Travel
 from tilewise.tiles import Mask, Partial
 
 SCHEDULES = ("ring", "token_ring")

@@ -1,0 +1,1 @@
+"""Kernelised attention with relative positions, by fast Fourier transforms."""

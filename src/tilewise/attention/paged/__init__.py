@@ -1,0 +1,1 @@
+"""Attention over a cache kept in pages: formats, shared prefixes, balanced decoding."""
