@@ -81,6 +81,19 @@ def test_every_argument_by_name():
     assert why.passes[0][0] == "torch"
 
 
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_scores_of_nothing_but_zeros_give_the_mean_of_what_is_seen(engine):
+    """PyTorch's own kernel gives NaN for a causal mask at scale 0, so it must not be the one that runs."""
+    q, k, v = qkv(1, 2, 2, 9, dtype=torch.float32)
+    try:
+        out = tilewise.attend(q, k, v, mask="causal", scale=0.0, engine=engine)
+    except EngineRefused:
+        assert engine == "sdpa"
+        return
+    want = v.cumsum(2) / torch.arange(1, 10).view(9, 1)
+    torch.testing.assert_close(out, want)
+
+
 def test_scale_is_a_factor_of_the_scores():
     q, k, v = qkv(1, 2, 2, N)
     for call in (tilewise.attend, lambda *x, **o: attend_tiles(*x, _ones(), **o)):

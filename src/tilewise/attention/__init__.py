@@ -10,6 +10,7 @@ from tilewise.attention.kernelized.rpe import KernelizedRPE, kernelized_rpe
 from tilewise.attention.latent.mla import MLA, LatentState
 from tilewise.attention.latent.shards import TPLA
 from tilewise.attention.latent.transforms import LatentTransform, reparameterize
+from tilewise.attention.local_linear import LocalLinear, LocalLinearAttention, local_linear_attention
 from tilewise.attention.method import Method, as_method, named
 from tilewise.attention.neural_factors import NeuralFactors
 from tilewise.attention.orders import Boxes, Clusters, SegmentSort
@@ -47,6 +48,8 @@ __all__ = [
     "LatentTransform",
     "Layout",
     "Lists",
+    "LocalLinear",
+    "LocalLinearAttention",
     "LowRankBias",
     "MLA",
     "Mass",
@@ -92,6 +95,7 @@ __all__ = [
     "explain",
     "io_cost",
     "kernelized_rpe",
+    "local_linear_attention",
     "lower_bound",
     "measure_flat",
     "named",

@@ -22,6 +22,8 @@ def refuse(call: Call) -> str | None:
         return "would need an N x N bias"
     if call.softcap is not None:
         return "has no soft-capping"
+    if call.scale == 0:
+        return "gives NaN for a causal mask when all scores are 0"
     if call.need_lse:
         return "returns no log-sum-exp"
     if call.v.shape[3] != call.q.shape[3]:
