@@ -2,7 +2,9 @@
 
 from tilewise.attention.api import Explanation, attend, attend_tiles, explain, plan
 from tilewise.attention.biases import LowRankBias, alibi_slopes
+from tilewise.attention.block_rank import BlockRank, ranking_loss
 from tilewise.attention.context_parallel.attend import Traffic, context_parallel_attend, rank_positions
+from tilewise.attention.flash_block import BlockStep, FlashBlock, OutsideState
 from tilewise.attention.io.cost import io_cost, lower_bound
 from tilewise.attention.io.simulator import simulate
 from tilewise.attention.io.tiling import Shapes, best_height, tiling_cost
@@ -34,6 +36,8 @@ __all__ = [
     "Antidiagonal",
     "Arrangement",
     "AsGiven",
+    "BlockRank",
+    "BlockStep",
     "Boxes",
     "Centroid",
     "Chosen",
@@ -41,6 +45,7 @@ __all__ = [
     "Dense",
     "Explanation",
     "First",
+    "FlashBlock",
     "FlatProducts",
     "KernelizedRPE",
     "KeyConvolution",
@@ -59,6 +64,7 @@ __all__ = [
     "MoBA",
     "NeighborhoodAttention",
     "NeuralFactors",
+    "OutsideState",
     "Own",
     "PBSAttention",
     "PageBounds",
@@ -102,6 +108,7 @@ __all__ = [
     "output_quality",
     "plan",
     "rank_positions",
+    "ranking_loss",
     "reparameterize",
     "router_recall",
     "router_snr",
