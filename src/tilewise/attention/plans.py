@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise.attention.precisions import Applied, Precision
-from tilewise.attention.reads import Lists, Reads
+from tilewise.attention.reads import Reads
 from tilewise.kernels import Choice
 from tilewise.kernels.attend_tiles import Call, attend, explain
 from tilewise.tiles import Partial, TileMap, Tiling, Visibility, merge
@@ -199,7 +199,7 @@ def _kept(p: Pass, q_tokens: Tensor, k_tokens: Tensor, heads: int) -> Tensor:
     if entries is None:
         return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q_tokens.device)
     hits = to_heads(entries.unsqueeze(-1) == k_tokens.view(1, 1, 1, 1, -1), heads)  # [b|1, h|1, q|1, m, k]
-    if isinstance(p.reads, Lists):
+    if p.reads.by_query:
         return hits.any(3) & to_heads(p.view.permute(q_tokens, k_tokens).tokens(), heads)
     every = torch.arange(entries.shape[3], device=q_tokens.device).view(1, 1, -1)
     seen = to_heads(p.view.permute(q_tokens, every).tokens(), heads)

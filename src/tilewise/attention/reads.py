@@ -6,7 +6,7 @@ Each is a change of the kernel's call, as a precision is: it gives the call to r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ AT_ONCE = 1 << 23  # numbers in a temporary: 32 MiB of float32
 
 
 class Reads(Protocol):
-    """Says what a pass reads."""
+    """Says what a pass reads.
+
+    `by_query` says whether queries have lists of their own; the pass's view is then that of the tokens.
+    """
+
+    by_query: ClassVar[bool]
 
     def apply(self, call: Call) -> Applied:
         """The call to run. `call` has the keys and values in their own order, and the pass's view and tiles."""
@@ -56,6 +61,7 @@ class Means:
     order: Tensor | None = None
     seen: Tensor | None = None
     slope: float = 0.0
+    by_query: ClassVar[bool] = False
 
     def apply(self, call: Call) -> Applied:
         if call.bias is not None:
@@ -130,6 +136,7 @@ class Sample:
 
     index: Tensor
     log_weight: Tensor | None = None
+    by_query: ClassVar[bool] = False
 
     def apply(self, call: Call) -> Applied:
         bias = call.bias
@@ -166,6 +173,7 @@ class Lists:
     """
 
     index: Tensor
+    by_query: ClassVar[bool] = True
 
     def apply(self, call: Call) -> Applied:
         if call.bias is not None:
