@@ -30,6 +30,7 @@ from tilewise.attention.rests import Pooled
 from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, PageBounds, RandomTiles, TrueMass
 from tilewise.attention.selects import First, Mass, Own, Share, TopK
 from tilewise.attention.stages import Arrangement, AsGiven, Chosen, Layout, Recipe, Skip, Tiles
+from tilewise.attention.tensor import TensorAttention, tensor_attention
 from tilewise.attention.unified_max import FlatProducts, UnifiedMax, decode, measure_flat
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "SinkWindow",
     "Skip",
     "TPLA",
+    "TensorAttention",
     "Tiles",
     "TopK",
     "Traffic",
@@ -113,5 +115,6 @@ __all__ = [
     "router_recall",
     "router_snr",
     "simulate",
+    "tensor_attention",
     "tiling_cost",
 ]
