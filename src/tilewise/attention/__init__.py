@@ -1,9 +1,11 @@
 """Attention: the score matrix, tile by tile. Methods compose order, score, select, always and rest."""
 
 from tilewise.attention.api import Explanation, attend, attend_tiles, explain, plan
+from tilewise.attention.attention_residuals import AttentionResiduals, DepthState
 from tilewise.attention.biases import LowRankBias, alibi_slopes
 from tilewise.attention.block_rank import BlockRank, ranking_loss
 from tilewise.attention.context_parallel.attend import Traffic, context_parallel_attend, rank_positions
+from tilewise.attention.descriptors import Compression, DescriptorAttention, DescriptorState
 from tilewise.attention.flash_block import BlockStep, FlashBlock, OutsideState
 from tilewise.attention.io.cost import io_cost, lower_bound
 from tilewise.attention.io.simulator import simulate
@@ -37,13 +39,18 @@ __all__ = [
     "Antidiagonal",
     "Arrangement",
     "AsGiven",
+    "AttentionResiduals",
     "BlockRank",
     "BlockStep",
     "Boxes",
     "Centroid",
     "Chosen",
     "Clusters",
+    "Compression",
     "Dense",
+    "DepthState",
+    "DescriptorAttention",
+    "DescriptorState",
     "Explanation",
     "First",
     "FlashBlock",
