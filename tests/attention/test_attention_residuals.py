@@ -139,7 +139,7 @@ def test_representations_read(monkeypatch):
             made(torch.randn(2, 4), [torch.tanh] * layers, two_phase=two_phase)
             assert counted == made.reads(two_phase=two_phase), (layers, block, group, two_phase)
 
-    made = AttentionResiduals(128, 1, 1, group=16)
+    made = AttentionResiduals(layers=128, dim=1, block=1, group=16)
     # The paper counts a key and a value for each and leaves out the embedding and the output's reading.
     others = 8 + 1 + 128
     assert 2 * (made.reads(two_phase=True) - others) / 128 == (8 - 1) + (16 - 1)

@@ -279,7 +279,7 @@ def test_relevance_is_the_share_of_attention(group):
 
 def test_relevance_and_loss_are_differentiable_and_batched():
     starts = torch.tensor([[0, 2, 5, 9, 12], [0, 0, 4, 4, 12]])
-    mask = BlockRank(starts)
+    mask = BlockRank(cu_seqlens=starts)
     q, k = (x.requires_grad_() for x in qkv(2, 2, 1, 12, d=4)[:2])
     for b in range(2):
         alone = BlockRank(starts[b]).relevance(q[b : b + 1, :, -2:], k[b : b + 1])
@@ -324,7 +324,7 @@ def test_loss_is_its_formula():
         e = [math.exp(float(x) / 0.05) for x in relevance[row]]
         both = [x for x, is_there in zip(e, among[row], strict=True) if is_there]
         want -= math.log(sum(x for x, right in zip(e, relevant[row], strict=True) if right) / sum(both)) / 2
-    assert float(ranking_loss(relevance, relevant, among=among)) == pytest.approx(want)
+    assert float(ranking_loss(relevance=relevance, relevant=relevant, among=among)) == pytest.approx(want)
     sure = torch.tensor([[0.0, 1.0]])
     assert ranking_loss(sure, sure.bool(), temperature=0.01) < 1e-6 < ranking_loss(sure, ~sure.bool())
     relevance.requires_grad_()

@@ -32,9 +32,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def made(compression: Compression, dim: int = 32, heads: int = 4, dtype=torch.float64, **options):
+def made(
+    compression: Compression, dim: int = 32, heads: int = 4, dtype=torch.float64, *,
+    kv_heads: int | None = None, qk_norm: bool = True, rope: float | None = 100.0, engine: str = "auto",
+) -> DescriptorAttention:  # fmt: skip
     torch.manual_seed(3)
-    return DescriptorAttention(dim, heads, compression, **options).to(dtype)
+    return DescriptorAttention(
+        dim=dim,
+        heads=heads,
+        compression=compression,
+        kv_heads=kv_heads,
+        qk_norm=qk_norm,
+        rope=rope,
+        engine=engine,
+    ).to(dtype)
 
 
 def frames(

@@ -90,7 +90,7 @@ def test_reuse_is_exact_while_the_outside_and_the_queries_stay(sparse, group, dt
     Controls: keeping the part within the block instead, or other queries, goes beyond that.
     """
     q, k, v = qkv(2, 2 * group, 2, 16, 500, d=16, dtype=dtype)
-    outside, method = (k, v), FlashBlock(Every(9), sparse)
+    outside, method = (k, v), FlashBlock(refresh=Every(9), sparse=sparse)
     seen = torch.ones(16, 516, dtype=torch.bool)
     state = first_inside = None
     for seed in range(3):

@@ -122,7 +122,7 @@ def test_the_closed_form_is_the_regression():
     """
     q, k, v = inputs(n_q=12, n_k=12, b=1)
     ridge, scale = 0.3, 0.4
-    got = local_linear_attention(q, k, v, mask="causal", ridge=ridge, scale=scale)
+    got = local_linear_attention(q=q, k=k, v=v, mask="causal", ridge=ridge, scale=scale)
     for h, i in [(0, 0), (0, 5), (1, 1), (1, 11)]:
         keys, values = k[0, h, : i + 1], v[0, h, : i + 1]
         weights = (scale * keys @ q[0, h, i]).softmax(0).sqrt().unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import tilewise
 from tests.conformance.common import ENGINES, exact, grid, qkv, repeat, run_or_refuse, with_grads
 from tilewise.attention import (
     Antidiagonal,
+    Arrangement,
     AsGiven,
     Boxes,
     Centroid,
+    Chosen,
     Clusters,
     First,
     KeyConvolution,
@@ -567,6 +570,64 @@ def test_a_pass_over_means_alone():
     want.check({"out": out})
     everyone = Plan((Pass(view, reads=Means(tiling=bounds)),), Everything().bind(30, 30))
     assert torch.equal(tilewise.attend(q, k, v, everyone), out)
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """An order of one's own: keys backwards, queries as given, each cut in two."""
+
+    looks = "none"
+
+    def arrange(self, q, k, view, scale, tile):
+        half = Tiling(max(1, -(-k.shape[2] // 2)))
+        backwards = torch.arange(k.shape[2]).flip(0).view(1, 1, -1)
+        return Arrangement(q_tiling=half, k_tiling=half, q_order=None, k_order=backwards)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Part of a rest of one's own: adds the number of tiles that were left to every output of a row of tiles."""
+
+    left: Tensor
+    tiling: Tiling
+
+    def run(self, q, k, v, scale):
+        counts = self.left.sum(-1).double().repeat_interleave(self.tiling.size, 2)[:, :, : q.shape[2]]
+        return counts.unsqueeze(-1).expand(-1, -1, -1, v.shape[3])
+
+    def cost(self):
+        return self.left.sum((2, 3)).double()
+
+
+class _Counted(Skip):
+    def added(self, layout, chosen):
+        assert layout.q_order is None and layout.given.k_pos[0, 0, 0] == 0 and layout.view.k_pos[0, 0, 0] == 9
+        again = Chosen(scores=chosen.scores, keep=chosen.keep, left=chosen.left)
+        assert torch.equal(again.keep | again.left, (layout.kinds() != 0).expand_as(again.keep))
+        return (_Count(again.left, layout.q_tiling),)
+
+
+def test_stages_of_ones_own_and_parts_outside_the_softmax():
+    """What a rest adds joins the merged output and the cost; so do parts given by hand."""
+    q, k, v = qkv(1, 2, 1, 10)
+    method = Tiles(score=RandomTiles(), select=TopK(1), order=_Halves(), rest=_Counted())
+    made = plan(method, q, k)
+    seen = grid(made, 1, 2, 10, 10)
+    assert seen.sum(-1).eq(5).all()
+    want = exact(q, k, v, seen)
+    got = tilewise.attend(q, k, v, method)
+    want.check({"out": got - 1})
+    bare = Plan(passes=made.passes, view=made.view, added=())
+    want.check({"out": tilewise.attend(q, k, v, bare)})
+    torch.testing.assert_close(
+        made.density_by_head() - bare.density_by_head(), torch.full((1, 2), 2 / 100).double()
+    )
+    twice = Plan(made.passes, made.view, added=(*made.added, *made.added))
+    torch.testing.assert_close(tilewise.attend(q, k, v, twice), got + 1)
+    layout = Layout(q, k, made.view, Tiling(5), Tiling(5), 1.0, q_order=None, k_order=None, given=made.view)
+    assert Pooled(slope=1.0).passes(
+        layout, Chosen(seen[:, :, :2, :2].float(), *torch.ones(2, 1, 2, 2, 2).bool())
+    )
 
 
 # Compositions and recipes

@@ -23,6 +23,7 @@ from tilewise.attention import (
     Own,
     PBSAttention,
     Plan,
+    PrFlashAttention,
     Quantised,
     SageAttention2,
     SegmentSort,
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
     "dense": Dense(),
     "moba": MoBA(block=16, top_k=3),
     "pbs": PBSAttention(segment=32, threshold=0.4, tile=16),
+    "pr-flash": PrFlashAttention(budget=3, tile=16),
     "sink-window": SinkWindow(sink=3, window=20),
     "xattention": XAttention(stride=4, threshold=0.7, tile=32),
 }
@@ -55,6 +57,7 @@ FULL: dict[str, Method] = {
     "dense": Dense(),
     "moba": MoBA(block=16, top_k=10**6),
     "pbs": PBSAttention(segment=64, threshold=1.0, tile=32, queries=True),
+    "pr-flash": PrFlashAttention(budget=10**6, tile=16),
     "sink-window": SinkWindow(sink=3, window=10**6),
     "xattention": XAttention(stride=4, threshold=1.0, tile=32),
 }

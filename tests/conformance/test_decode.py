@@ -13,9 +13,11 @@ from tilewise.attention.method import MODES
 N = 80
 # At full density every method that supports a mode is exact in it. Sparse, these choose for a query what they
 # choose for it in the full forward: sink-window reads nothing, MoBA routes every query alone over blocks cut from
-# the first key, XAttention chooses for a tile of queries over tiles cut from the first key (chunks of whole tiles).
-DECODES = {"dense": METHODS["dense"], "sink-window": METHODS["sink-window"], "moba": METHODS["moba"]}
+# the first key, XAttention chooses for a tile of queries over tiles cut from the first key (chunks of whole tiles),
+# PrFlashAttention draws for a tile of queries what it drew for it in the prompt.
+DECODES = {name: METHODS[name] for name in ("dense", "sink-window", "moba", "pr-flash")}
 CHUNKS = {**DECODES, "xattention": METHODS["xattention"]}
+BY_TILES = (METHODS["xattention"], METHODS["pr-flash"])
 
 
 def _supporting(mode: str, table) -> dict:
@@ -54,7 +56,7 @@ def test_chunked_prefill(method, engine):
     want = exact(q, k, v, grid(plan(method, q, k, mask="causal"), 2, 4, N, N))
     for borders in ((32, 64), (64,)):
         want.check({"out": _steps(method, q, k, v, borders, engine)})
-    if method not in (METHODS["xattention"],):  # chunks that cut a tile of queries
+    if method not in BY_TILES:  # chunks that cut a tile of queries
         for borders in ((2, 33, 35, 60), (7,)):
             want.check({"out": _steps(method, q, k, v, borders, engine)})
 

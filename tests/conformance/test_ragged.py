@@ -80,7 +80,7 @@ def test_padded_batch_equals_sequences_alone(method, engine, left):
 # Left padding by whole tiles (for sorted keys: segments) moves every border with the tokens, so that even the
 # sparse choice is the one made without padding. Right padding leaves the borders, but a tile of queries that
 # reaches into the padding is chosen for it too: then only methods that route every query alone choose the same.
-SHIFT = {"dense": 5, "sink-window": 5, "moba": 32, "xattention": 32, "pbs": 32}
+SHIFT = {"dense": 5, "sink-window": 5, "moba": 32, "xattention": 32, "pbs": 32, "pr-flash": 32}
 
 
 @pytest.mark.parametrize("name", METHODS)

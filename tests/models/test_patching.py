@@ -8,7 +8,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 import tilewise
 from tests import tiny
-from tilewise.attention import MoBA, PBSAttention, SageAttention2, SinkWindow, XAttention, named
+from tilewise.attention import (
+    MoBA,
+    PBSAttention,
+    PrFlashAttention,
+    SageAttention2,
+    SinkWindow,
+    XAttention,
+    named,
+)
 from tilewise.errors import UserError
 from tilewise.models.bridge import Bridge
 
@@ -16,11 +24,13 @@ SMALL = {
     "dense": tilewise.attention.Dense(),
     "moba": MoBA(16, 3),
     "pbs": PBSAttention(64, 0.6, 32),
+    "pr-flash": PrFlashAttention(budget=3, tile=16),
     "sage2": SageAttention2(smooth_k=False),  # Gemma caps scores, which smoothing would shift
     "sink-window": SinkWindow(4, 40),
     "xattention": XAttention(4, 0.6, 32),
 }
-EXACT = {"moba": MoBA(16, 1000), "pbs": PBSAttention(64, 1.0, 32), "sink-window": SinkWindow(4, 10_000),
+EXACT = {"moba": MoBA(16, 1000), "pbs": PBSAttention(64, 1.0, 32),
+         "pr-flash": PrFlashAttention(budget=1000, tile=16), "sink-window": SinkWindow(4, 10_000),
          "xattention": XAttention(4, 1.0, 32), "dense": tilewise.attention.Dense()}  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Attention: the score matrix, tile by tile. Methods compose order, score, select, always and rest."""
 
 from tilewise.attention.api import Explanation, attend, attend_tiles, explain, plan
-from tilewise.attention.attention_residuals import AttentionResiduals, DepthState
+from tilewise.attention.attention_residuals import AttentionResiduals
 from tilewise.attention.biases import LowRankBias, alibi_slopes
 from tilewise.attention.block_rank import BlockRank, ranking_loss
 from tilewise.attention.context_parallel.attend import Traffic, context_parallel_attend, rank_positions
-from tilewise.attention.descriptors import Compression, DescriptorAttention, DescriptorState
-from tilewise.attention.flash_block import BlockStep, FlashBlock, OutsideState
+from tilewise.attention.descriptors import Compression, DescriptorAttention
+from tilewise.attention.flash_block import FlashBlock
 from tilewise.attention.io.cost import io_cost, lower_bound
 from tilewise.attention.io.simulator import simulate
 from tilewise.attention.io.tiling import Shapes, best_height, tiling_cost
@@ -14,23 +14,30 @@ from tilewise.attention.kernelized.rpe import KernelizedRPE, kernelized_rpe
 from tilewise.attention.latent.mla import MLA, LatentState
 from tilewise.attention.latent.shards import TPLA
 from tilewise.attention.latent.transforms import LatentTransform, reparameterize
-from tilewise.attention.local_linear import LocalLinear, LocalLinearAttention, local_linear_attention
+from tilewise.attention.local_linear import LocalLinearAttention, local_linear_attention
 from tilewise.attention.method import Method, as_method, named
 from tilewise.attention.neural_factors import NeuralFactors
 from tilewise.attention.orders import Boxes, Clusters, SegmentSort
 from tilewise.attention.plans import Pass, Plan
 from tilewise.attention.precisions import Precision, Quantised, accuracy
+from tilewise.attention.probabilistic.block_distances import BlockDistances, PrFlashAttention
+from tilewise.attention.probabilistic.harmonic import HarmonicPositions
+from tilewise.attention.probabilistic.staircase import StaircaseCache
 from tilewise.attention.reads import Lists, Means, Sample
 from tilewise.attention.recipes.dense import Dense
+from tilewise.attention.recipes.llsa import LLSA
 from tilewise.attention.recipes.moba import KeyConvolution, MoBA, router_recall, router_snr
 from tilewise.attention.recipes.neighborhood import NeighborhoodAttention
 from tilewise.attention.recipes.pbs import PBSAttention
+from tilewise.attention.recipes.pisa import PISA, MomentPool
+from tilewise.attention.recipes.psa import PSA, Pyramid
 from tilewise.attention.recipes.sage import SageAttention2, adaptive, output_quality
 from tilewise.attention.recipes.sink_window import SinkWindow
+from tilewise.attention.recipes.sla import SLA, LinearRest
 from tilewise.attention.recipes.xattention import XAttention
 from tilewise.attention.rests import Pooled
 from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, PageBounds, RandomTiles, TrueMass
-from tilewise.attention.selects import First, Mass, Own, Share, TopK
+from tilewise.attention.selects import Edges, First, Mass, Own, Share, TopK
 from tilewise.attention.stages import Arrangement, AsGiven, Chosen, Layout, Recipe, Skip, Tiles
 from tilewise.attention.tensor import TensorAttention, tensor_attention
 from tilewise.attention.unified_max import FlatProducts, UnifiedMax, decode, measure_flat
@@ -40,28 +47,29 @@ __all__ = [
     "Arrangement",
     "AsGiven",
     "AttentionResiduals",
+    "BlockDistances",
     "BlockRank",
-    "BlockStep",
     "Boxes",
     "Centroid",
     "Chosen",
     "Clusters",
     "Compression",
     "Dense",
-    "DepthState",
     "DescriptorAttention",
-    "DescriptorState",
+    "Edges",
     "Explanation",
     "First",
     "FlashBlock",
     "FlatProducts",
+    "HarmonicPositions",
     "KernelizedRPE",
     "KeyConvolution",
+    "LLSA",
     "LatentState",
     "LatentTransform",
     "Layout",
+    "LinearRest",
     "Lists",
-    "LocalLinear",
     "LocalLinearAttention",
     "LowRankBias",
     "MLA",
@@ -70,19 +78,24 @@ __all__ = [
     "Means",
     "Method",
     "MoBA",
+    "MomentPool",
     "NeighborhoodAttention",
     "NeuralFactors",
-    "OutsideState",
     "Own",
     "PBSAttention",
+    "PISA",
+    "PSA",
     "PageBounds",
     "Pass",
     "Plan",
     "Pooled",
+    "PrFlashAttention",
     "Precision",
+    "Pyramid",
     "Quantised",
     "RandomTiles",
     "Recipe",
+    "SLA",
     "SageAttention2",
     "Sample",
     "SegmentSort",
@@ -90,6 +103,7 @@ __all__ = [
     "Share",
     "SinkWindow",
     "Skip",
+    "StaircaseCache",
     "TPLA",
     "TensorAttention",
     "Tiles",

@@ -107,6 +107,8 @@ class Means:
         tokens = (keep * to_heads(counts, heads).unsqueeze(2)).sum(-1, keepdim=True).clamp(min=1)
         rows = tiles.q_tiling.split(take(call.q, call.q_order).to(wide), 0)  # [b, h, T_q, size, d]
         out, step = [], max(1, AT_ONCE // max(1, b * heads * moments.shape[3]))
+        if torch.compiler.is_compiling():  # a loop over lengths would compile again for each
+            step = max(1, rows.shape[2])
         for start in range(0, rows.shape[2], step):
             some = slice(start, start + step)
             share = (keep[:, :, some] / tokens[:, :, some]).unflatten(1, (kv_heads, heads // kv_heads))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tilewise.attention.stages import Layout, Select
+from tilewise.tiles import PARTIAL
 from tilewise.tiles.visibility import HIDDEN, to_heads
 
 Over = Literal["row", "head"]
@@ -166,3 +167,14 @@ class First:
         reached = torch.where(visible, k_first, far)
         earliest = pad(reached, (0, 1), value=far).amin(-1, keepdim=True)  # one more, as there may be no tile
         return visible & (reached == earliest)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Always: tiles that the mask cuts through, of which a query sees some keys and not others.
+
+    No mean of a tile stands for the part of it that is seen, so a method that reads means computes these exactly.
+    """
+
+    def tiles(self, layout: Layout, visible: Tensor) -> Tensor:
+        return layout.kinds() == PARTIAL
