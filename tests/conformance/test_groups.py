@@ -11,7 +11,7 @@ from tilewise.attention import Pass, Plan, plan
 HEADS = ((2, 2), (4, 2), (8, 2), (7, 1), (8, 1), (1, 1))
 # Methods that choose per query head: repeating K must not change what they choose. The others sort keys once per
 # kv head, from the mean over its query heads, which repetition changes; they are compared with the order given.
-PER_QUERY_HEAD = ("dense", "moba", "sink-window", "xattention")
+PER_QUERY_HEAD = ("dense", "moba", "pr-flash", "sink-window", "xattention")
 
 
 def _repeated(made: Plan, heads: int) -> Plan:
