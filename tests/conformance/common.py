@@ -15,21 +15,27 @@ from torch import Tensor
 
 import tilewise
 from tilewise.attention import (
+    S2O,
     Dense,
+    FlexPrefill,
     Mass,
     MeanPool,
     Method,
     MoBA,
     Own,
+    Pass,
     PBSAttention,
     Plan,
     PrFlashAttention,
+    ProxyAttn,
     Quantised,
+    Quest,
     SageAttention2,
     SegmentSort,
     SinkWindow,
     Tiles,
     TopK,
+    VerticalSlash,
     XAttention,
     named,
 )
@@ -51,6 +57,11 @@ METHODS: dict[str, Method] = {
     "pr-flash": PrFlashAttention(budget=3, tile=16),
     "sink-window": SinkWindow(sink=3, window=20),
     "xattention": XAttention(stride=4, threshold=0.7, tile=32),
+    "quest": Quest(page=8, top_k=4),
+    "vertical-slash": VerticalSlash(vertical=6, slash=12, tile=16, probe=16, sinks=2, local=4),
+    "flexprefill": FlexPrefill(gamma=0.4, tau=0.1, min_budget=16, tile=16),
+    "proxy-attn": ProxyAttn(proxies=1, stride=2, threshold=0.5, min_budget=16, tile=16),
+    "s2o": S2O(segment=32, threshold=0.9, tile=16, probe=4),
 }
 # The same methods set to compute everything.
 FULL: dict[str, Method] = {
@@ -60,6 +71,11 @@ FULL: dict[str, Method] = {
     "pr-flash": PrFlashAttention(budget=10**6, tile=16),
     "sink-window": SinkWindow(sink=3, window=10**6),
     "xattention": XAttention(stride=4, threshold=1.0, tile=32),
+    "quest": Quest(page=8, top_k=10**6),
+    "vertical-slash": VerticalSlash(vertical=6, slash=10**6, tile=16, probe=16, sinks=2, local=4),
+    "flexprefill": FlexPrefill(gamma=1.0, tau=0.1, min_budget=16, tile=16),
+    "proxy-attn": ProxyAttn(proxies=1, stride=2, threshold=1.0, tile=16),
+    "s2o": S2O(segment=32, threshold=0.0, tile=16, probe=4),
 }
 # Methods that round what they compute, for tests/conformance/test_rounded.py.
 ROUNDED: dict[str, Method] = {
@@ -129,6 +145,9 @@ def grid(plan: Plan, b: int, heads: int, n_q: int, n_k: int) -> Tensor:
     """The token pairs that a plan computes, bool `[B, H, N_q, N_k]`; no pair may be computed twice."""
     times = torch.zeros(b, heads, n_q, n_k, dtype=torch.int64)
     for one in plan.passes:
+        if one.reads is not None:
+            times += listed(one, b, heads, n_q, n_k)
+            continue
         seen = repeat(one.view.tokens(), heads).expand(b, heads, n_q, n_k)
         if one.tiles is not None:
             keep = repeat(one.tiles.keep, heads).expand(b, heads, -1, -1)
@@ -140,6 +159,24 @@ def grid(plan: Plan, b: int, heads: int, n_q: int, n_k: int) -> Tensor:
     if times.numel() and int(times.max()) > 1:
         raise AssertionError("passes of one plan overlap")
     return times.bool()
+
+
+def listed(one: Pass, b: int, heads: int, n_q: int, n_k: int) -> Tensor:
+    """How often a pass that reads a sample or lists of keys computes each pair of tokens, `[B, H, N_q, N_k]`."""
+    entries = repeat(one.reads.read(torch.arange(n_q)), heads).expand(b, heads, n_q, -1)
+    seen = entries >= 0
+    if not one.reads.by_query:
+        seen = seen & repeat(one.view.tokens(), heads)
+        if one.tiles is not None:
+            keep = repeat(one.tiles.keep, heads).expand(b, heads, -1, -1)
+            rows = tile_of(one.tiles.q_tiling, one.q_order, b, heads, n_q)
+            columns = tile_of(one.tiles.k_tiling, None, b, heads, entries.shape[3])
+            at = torch.arange(b).view(b, 1, 1, 1), torch.arange(heads).view(1, heads, 1, 1)
+            seen = seen & keep[(*at, rows.unsqueeze(3), columns.unsqueeze(2))]
+    times = torch.zeros(b, heads, n_q, n_k + 1, dtype=torch.int64)
+    times.scatter_add_(3, torch.where(entries < 0, n_k, entries), seen.long())
+    visible = repeat(one.view.tokens(), heads) if one.reads.by_query else 1
+    return times[..., :n_k] * visible
 
 
 def tile_of(tiling, order: Tensor | None, b: int, heads: int, n: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,13 +13,20 @@ from tilewise.attention import Pass, Plan, plan
 HEADS = ((2, 2), (4, 2), (8, 2), (7, 1), (8, 1), (1, 1))
 # Methods that choose per query head: repeating K must not change what they choose. The others sort keys once per
 # kv head, from the mean over its query heads, which repetition changes; they are compared with the order given.
-PER_QUERY_HEAD = ("dense", "moba", "pr-flash", "sink-window", "xattention")
+PER_QUERY_HEAD = (
+    "dense", "moba", "pr-flash", "sink-window", "xattention", "quest", "vertical-slash", "flexprefill"
+)  # fmt: skip
 
 
 def _repeated(made: Plan, heads: int) -> Plan:
     """The plan for K and V repeated in memory: kv heads' key orders are repeated with them."""
 
     def one(p: Pass) -> Pass:
+        if p.reads is not None:
+            index = p.reads.index
+            index = repeat(index, heads) if index.shape[1] > 1 else index.expand(-1, heads, *index.shape[2:])
+            view = p.view if p.reads.by_query else replace(p.view, pos=repeat(p.view.pos, heads))
+            return Pass(view, p.tiles, p.q_order, reads=replace(p.reads, index=index))
         return Pass(p.view, p.tiles, p.q_order, None if p.k_order is None else repeat(p.k_order, heads))
 
     return Plan(tuple(map(one, made.passes)), made.view)
@@ -71,4 +80,6 @@ def test_sorted_keys_have_one_order_per_kv_head(method):
 def test_every_method_says_how_it_pools_a_group():
     from tests.conformance.common import METHODS
 
-    assert set(METHODS) == {*PER_QUERY_HEAD, "pbs"}, "say above what equality holds for the new method"
+    assert set(METHODS) == {*PER_QUERY_HEAD, "pbs", "proxy-attn", "s2o"}, (
+        "say above what equality holds for the new method"
+    )

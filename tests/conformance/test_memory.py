@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tilewise
 from tests.conformance.common import ENGINES, METHODS, qkv, run_or_refuse
-from tilewise.attention import MoBA, XAttention, attend_tiles
+from tilewise.attention import S2O, MoBA, Quest, XAttention, attend_tiles
 from tilewise.tiles import Causal, Documents, TileMap, Window
 
 LONG = 16_384
@@ -49,7 +49,12 @@ def _largest_scores(n: int) -> int:
 def test_no_n_by_n_at_16384(name, engine):
     q, k, v = qkv(heads=1, n_q=LONG, d=8, dtype=torch.float32)
     # The routers score every tile: sizes nearer to the papers' than in the other tests.
-    method = {"moba": MoBA(block=64, top_k=4), "xattention": XAttention(stride=8)}.get(name, METHODS[name])
+    method = {
+        "moba": MoBA(block=64, top_k=4),
+        "xattention": XAttention(stride=8),
+        "quest": Quest(page=64, top_k=4),
+        "s2o": S2O(threshold=0.5),
+    }.get(name, METHODS[name])
     run = run_or_refuse(engine, q[:, :, :64], k[:, :, :64], v[:, :, :64], method, mask="causal")
     if run is None:
         return

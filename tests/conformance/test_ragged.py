@@ -80,7 +80,19 @@ def test_padded_batch_equals_sequences_alone(method, engine, left):
 # Left padding by whole tiles (for sorted keys: segments) moves every border with the tokens, so that even the
 # sparse choice is the one made without padding. Right padding leaves the borders, but a tile of queries that
 # reaches into the padding is chosen for it too: then only methods that route every query alone choose the same.
-SHIFT = {"dense": 5, "sink-window": 5, "moba": 32, "xattention": 32, "pbs": 32, "pr-flash": 32}
+SHIFT = {
+    "dense": 5,
+    "sink-window": 5,
+    "moba": 32,
+    "xattention": 32,
+    "pbs": 32,
+    "quest": 32,
+    "vertical-slash": 32,
+    "flexprefill": 32,
+    "proxy-attn": 32,
+    "s2o": 32,
+    "pr-flash": 32,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -96,7 +108,7 @@ def test_sparse_choice_does_not_depend_on_left_padding_by_whole_tiles(name):
     exact(*sequence, grid(alone, 1, 4, 128, 128)).check({"out": out[:, :, shift:]})
 
 
-@pytest.mark.parametrize("name", ["dense", "sink-window", "moba", "xattention"])
+@pytest.mark.parametrize("name", ["dense", "sink-window", "moba", "xattention", "quest"])
 def test_sparse_choice_does_not_depend_on_right_padding(name):
     length = 128 if name == "xattention" else 119
     (q, k, v), keep, (sequence,) = _padded(False, (41,), lengths=(length,))
@@ -111,7 +123,7 @@ def test_sparse_choice_does_not_depend_on_right_padding(name):
 
 def test_padding_values_never_matter():
     """What stands in the padding changes no real output, bit for bit, for any method that looks no farther."""
-    for name in ("dense", "sink-window", "moba", "xattention"):
+    for name in ("dense", "sink-window", "moba", "xattention", "quest"):
         for left in (True, False):
             (q, k, v), keep, _ = _padded(left, (32,), lengths=(64,))
             real = keep[0].bool()

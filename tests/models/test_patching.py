@@ -9,11 +9,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 import tilewise
 from tests import tiny
 from tilewise.attention import (
+    S2O,
+    FlexPrefill,
     MoBA,
     PBSAttention,
     PrFlashAttention,
+    ProxyAttn,
+    Quest,
     SageAttention2,
     SinkWindow,
+    VerticalSlash,
     XAttention,
     named,
 )
@@ -24,13 +29,22 @@ SMALL = {
     "dense": tilewise.attention.Dense(),
     "moba": MoBA(16, 3),
     "pbs": PBSAttention(64, 0.6, 32),
+    "flexprefill": FlexPrefill(0.4, 0.1, 16, 16),
     "pr-flash": PrFlashAttention(budget=3, tile=16),
+    "proxy-attn": ProxyAttn(1, 2, 0.5, 16, tile=16),
+    "quest": Quest(8, 4),
+    "s2o": S2O(32, 0.9, 16, 4),
+    "vertical-slash": VerticalSlash(6, 12, 16, 16, 2, 4),
     "sage2": SageAttention2(smooth_k=False),  # Gemma caps scores, which smoothing would shift
     "sink-window": SinkWindow(4, 40),
     "xattention": XAttention(4, 0.6, 32),
 }
 EXACT = {"moba": MoBA(16, 1000), "pbs": PBSAttention(64, 1.0, 32),
-         "pr-flash": PrFlashAttention(budget=1000, tile=16), "sink-window": SinkWindow(4, 10_000),
+         "pr-flash": PrFlashAttention(budget=1000, tile=16),
+         "flexprefill": FlexPrefill(1.0, 0.1, 16, 16), "proxy-attn": ProxyAttn(1, 2, 1.0, tile=16),
+         "quest": Quest(8, 1000), "s2o": S2O(32, 0.0, 16, 4),
+         "vertical-slash": VerticalSlash(6, 10**6, 16, 16, 2, 4),
+         "sink-window": SinkWindow(4, 10_000),
          "xattention": XAttention(4, 1.0, 32), "dense": tilewise.attention.Dense()}  # fmt: skip
 
 

@@ -25,15 +25,20 @@ from tilewise.attention.probabilistic.harmonic import HarmonicPositions
 from tilewise.attention.probabilistic.staircase import StaircaseCache
 from tilewise.attention.reads import Lists, Means, Sample
 from tilewise.attention.recipes.dense import Dense
+from tilewise.attention.recipes.flexprefill import FlexPrefill
 from tilewise.attention.recipes.llsa import LLSA
 from tilewise.attention.recipes.moba import KeyConvolution, MoBA, router_recall, router_snr
 from tilewise.attention.recipes.neighborhood import NeighborhoodAttention
 from tilewise.attention.recipes.pbs import PBSAttention
 from tilewise.attention.recipes.pisa import PISA, MomentPool
+from tilewise.attention.recipes.proxy_attn import ProxyAttn, ProxyHeads
 from tilewise.attention.recipes.psa import PSA, Pyramid
+from tilewise.attention.recipes.quest import Quest
+from tilewise.attention.recipes.s2o import S2O, skipped_bound
 from tilewise.attention.recipes.sage import SageAttention2, adaptive, output_quality
 from tilewise.attention.recipes.sink_window import SinkWindow
 from tilewise.attention.recipes.sla import SLA, LinearRest
+from tilewise.attention.recipes.vertical_slash import VerticalSlash
 from tilewise.attention.recipes.xattention import XAttention
 from tilewise.attention.rests import Pooled
 from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, PageBounds, RandomTiles, TrueMass
@@ -61,6 +66,7 @@ __all__ = [
     "First",
     "FlashBlock",
     "FlatProducts",
+    "FlexPrefill",
     "HarmonicPositions",
     "KernelizedRPE",
     "KeyConvolution",
@@ -91,10 +97,14 @@ __all__ = [
     "Pooled",
     "PrFlashAttention",
     "Precision",
+    "ProxyAttn",
+    "ProxyHeads",
     "Pyramid",
     "Quantised",
+    "Quest",
     "RandomTiles",
     "Recipe",
+    "S2O",
     "SLA",
     "SageAttention2",
     "Sample",
@@ -111,6 +121,7 @@ __all__ = [
     "Traffic",
     "TrueMass",
     "UnifiedMax",
+    "VerticalSlash",
     "XAttention",
     "accuracy",
     "adaptive",
@@ -136,6 +147,7 @@ __all__ = [
     "router_recall",
     "router_snr",
     "simulate",
+    "skipped_bound",
     "tensor_attention",
     "tiling_cost",
 ]
