@@ -2,8 +2,8 @@
 
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-eighth` from a run with every method set to read about an eighth of the tiles; `bench-attention` from
-benchmarks/results, as do `precision` and `adaptive`. With --check nothing is written: exit code 1 names the pages
-that are out of date.
+benchmarks/results, as do `precision` and `adaptive`; `video` from what training/train_video.py measured. With --check
+nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -89,6 +89,31 @@ def precision_tables(path: Path) -> tuple[str, str]:
     return rows(head, body), rows(["setting", "layers in int8", "mean KL from the exact model"], models)
 
 
+def video_tables(path: Path) -> str:
+    """What the bundled video model does on held-out clips, and how much of them its heads need."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    losses = rows(
+        ["velocity by", "mean squared error"],
+        ([name, f"{value:.3f}"] for name, value in run["held_out_loss"].items()),
+    )
+
+    def needed(which: str) -> Iterable[list[str]]:
+        found = run["needed_for_90_percent"][which]
+        for layer, (tiles, keys) in enumerate(zip(found["tiles"], found["keys"], strict=True)):
+            shown = [" ".join(f"{100 * part:.0f}" for part in sorted(parts)) for parts in (tiles, keys)]
+            yield [f"{which}, layer {layer}", *shown]
+
+    spread = rows(
+        ["attention of", "% of tiles, by head", "% of keys, by head"],
+        (row for which in ("trained", "untrained") for row in needed(which)),
+    )
+    made = f"{run['steps']:,} steps in {run['minutes_of_one_core']:.0f} minutes of one core, torch {run['torch']}"
+    return (
+        f"Held-out clips, evenly spread times ({made}):\n\n{losses}\n\n"
+        f"What holds 90 % of the attention mass at time 0.5, the heads of a layer in rising order:\n\n{spread}"
+    )
+
+
 def _compare_row(method: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     def show(key: str, form: str) -> str:
         return "–" if method.get(key) is None else form.format(method[key])
@@ -128,6 +153,7 @@ def main(arguments: Sequence[str]) -> int:
         "compare": compare_table(),
         "compare-eighth": eighth,
         "bench-attention": bench,
+        "video": video_tables(ROOT / "training/video_results.json"),
     }
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
