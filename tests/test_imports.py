@@ -15,13 +15,13 @@ from tilewise import kernels, papers
 SOURCE = Path(__file__).parent.parent / "src/tilewise"
 
 # Lowest first. A module may import those before it and its own room; the rooms stand in the order of the README.
-BASE = ["errors", "version", "machine", "papers"]
+BASE = ["errors", "files", "version", "machine", "papers"]
 ROOMS = (
     "transforms attention recurrence convolution linear quantize prune cache decode serve train "
     "generate vision scene explain data"
 ).split()
 COMMAND = ["doctor", "commands", "cli", "__main__"]
-ORDER = [*BASE, "tiles", "kernels", *ROOMS, "models", "compare", "", *COMMAND]  # "" is the package itself
+ORDER = [*BASE, "tiles", "kernels", *ROOMS, "models", "compare", "tune", "", *COMMAND]  # "" is the package itself
 ENGINES = {"definition", "torch", "native", "triton", "flex", "sdpa"}
 
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -2,8 +2,8 @@
 
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-eighth` from a run with every method set to read about an eighth of the tiles; `bench-attention` from
-benchmarks/results, as do `precision` and `adaptive`; `video` from what training/train_video.py measured. With --check
-nothing is written: exit code 1 names the pages that are out of date.
+benchmarks/results, as do `precision` and `adaptive`; `video` from what training/train_video.py measured. With
+--check nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations

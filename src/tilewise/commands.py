@@ -34,6 +34,13 @@ def _names(listed: str | None) -> tuple[str, ...] | None:
     return None if listed is None else tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
+def _need_models(command: str) -> None:
+    """Raise UserError when what holds pretrained models is not installed."""
+    missing = [name for name in ("transformers", "safetensors") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f'{command} needs {", ".join(missing)}: pip install "tilewise[compare]"')
+
+
 @app.command()
 def compare(
     model: Annotated[
@@ -42,7 +49,8 @@ def compare(
     text: Annotated[Path | None, typer.Option(help="Text file; default: the bundled sample.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text to run on.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Methods, comma-separated; dense always runs first.")
+        str | None,
+        typer.Option(help="Comma-separated names or recipe files, or all; dense always runs first."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -52,9 +60,7 @@ def compare(
     seed: Annotated[int | None, typer.Option(help="Seed of the retrieval tasks.")] = None,
 ) -> None:
     """Run several methods against the dense model: time, memory, quality, and what actually ran."""
-    missing = [name for name in ("transformers", "safetensors") if not importlib.util.find_spec(name)]
-    if missing:
-        raise UserError(f'compare needs {", ".join(missing)}: pip install "tilewise[compare]"')
+    _need_models("compare")
     from tilewise.compare import Settings, run_compare
 
     given: dict[str, Any] = {
@@ -71,6 +77,46 @@ def compare(
     }
     # Defaults are stated once, in Settings.
     run_compare(Settings(**{name: value for name, value in given.items() if value is not None}))
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Local directory or hub id; default: the bundled model.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file; default: the bundled sample.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the end of the text to search on.")] = None,
+    cost: Annotated[str | None, typer.Option(help="What is spent: time or density.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of dense attention's cost; 0.5 by default.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Layers weigh by the model's logits or all alike: output.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time to search; 300 by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The recipe to write; recipe.json by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order of the search.")] = None,
+) -> None:
+    """Search a method for every layer of a model; `compare --methods FILE` and `tilewise.patch` take the result."""
+    _need_models("tune")
+    from tilewise.tune import Settings, run_tune
+
+    given = {
+        "model": model,
+        "text": text,
+        "tokens": tokens,
+        "cost": cost,
+        "budget": budget,
+        "judge": judge,
+        "seconds": seconds,
+        "out": out,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    run_tune(Settings(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
 
 
 @app.command()

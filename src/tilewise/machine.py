@@ -1,11 +1,14 @@
-"""Facts about the machine that torch does not tell."""
+"""Facts about the machine that torch does not tell, and its clock."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
+
+import torch
 
 
 def cpu_name() -> str:
@@ -22,3 +25,10 @@ def compiler() -> str | None:
     """Path of the C++ compiler: $CXX if set, else the first of c++, g++, clang++ that is there."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next((path for path in map(shutil.which, names) if path), None)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after everything given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -91,6 +91,7 @@ def test_the_control_runs(model, reports, capfd):
         ("--methods", "qqq", f"'qqq'; known methods: {', '.join(named())}"),
         ("--methods", "moba:blok=3", "its settings are block, top_k, got 'blok=3'"),
         ("--methods", "xattention:tile=0", "tile must be an integer >= 1, got 0"),
+        ("--methods", "moba,none.json", "cannot read recipe 'none.json': No such file"),
         ("--tokens", "1025", "tokens is 1025, but the model's context is 1024"),
         ("--tokens", "1", "tokens must be at least 2, got 1"),
         ("--tokens", "-5", "tokens must be at least 2, got -5"),

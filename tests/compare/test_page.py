@@ -178,6 +178,21 @@ def test_quality_axis(reader, result):
     assert "(moba)" in reader.open(result).text("#quality-caption")
 
 
+def test_ranking_is_two_columns(reader, result):
+    """The place of every ranked method and who outdoes it; a dash with a reason where a method has no place."""
+    reader.open(result)
+    found = dict(zip(order(reader), zip(cells(reader, "rank"), cells(reader, "outdone_by"))))
+    assert [entry["method"] for entry in result["ranking"]] == [
+        name
+        for name, (place, _) in sorted(found.items(), key=lambda item: item[1][0])
+        if not place.startswith("–")
+    ]
+    assert found["xattention"] == ("1", "none") and found["pbs"] == ("3", "xattention, dense")
+    assert found["sink_window"][0].startswith("–")
+    del result["ranking"]
+    assert cells(reader.open(result), "rank") == [], "older results have none"
+
+
 def test_latency_marks_crossovers(reader, result):
     reader.open(result)
     points = sum(len(row["methods"]) for row in result["lengths"])
@@ -310,6 +325,7 @@ def poison(result, text):
     result["methods"][1]["tasks"][text] = {"accuracy": 1.0, "low": 0.9, "high": 1.0, "n": 9}
     result["lengths"][0]["methods"][text] = {"ms": 1.0, "low": 1.0, "high": 1.0}
     result["crossovers"][0].update(method=text, note=text)
+    result["ranking"][0].update(method=text, outdone_by=[text])
     result["heatmap"][0].update(method=text, task=text)
     for kept in result["tile_maps"]["kept"]:
         if kept["method"] == "sink_window":

@@ -36,7 +36,8 @@ TASKS = ("perplexity", "recall", "passkey")
 NULL = type(None)
 NUMBER = (int, float)
 ROW = {
-    "method": str, "parameters": dict, "paper": (dict, NULL), "modes": list, "reads": str, "lookahead": str,
+    "method": str, "parameters": dict, "paper": (dict, NULL), "modes": list, "reads": str, "needs": str,
+    "lookahead": str,
     "engine": str, "density": float, "prefill_ms": float, "prefill_ms_low": float, "prefill_ms_high": float,
     "prefill_speedup": float, "prefill_speedup_low": float, "prefill_speedup_high": float,
     "first_call_ms": float, "choose_ms": float, "attention_ms": float, "decode_ms_per_token": float,
@@ -46,7 +47,7 @@ ROW = {
 WHOLE = {
     "tilewise": str, "created": str, "command": str, "partial": bool, "machine": dict, "settings": dict,
     "methods": list, "task_notes": dict, "lengths": list, "crossovers": list, "heatmap": list,
-    "tile_maps": dict, "advice": str,
+    "tile_maps": dict, "ranking": list, "advice": str,
 }  # fmt: skip
 MACHINE = {
     "cpu": str, "cores": int, "memory_gb": NUMBER, "os": str, "python": str, "torch": str,
@@ -473,6 +474,34 @@ def test_advice(rows, sentence):
     assert conclude.advice(rows, 4096) == sentence
 
 
+def test_ranking():
+    """As good as dense by speed, then by what is lost; who outdoes whom; what was not measured has no place."""
+    rows = [
+        DENSE,
+        _row("lossy", 3.0, 0.5, {"recall": 0.2}),
+        _row("slow", 0.8, 0.02, {"recall": 0.9}),
+        GOOD,
+        _row("worse", 1.4, 0.01, {"recall": 0.93}),
+        _row("forgets", 2.0, 0.0, {"recall": 0.5}),
+        {"method": "stopped", "prefill_speedup": None},
+    ]
+    found = conclude.ranking(rows)
+    assert [(entry["method"], entry["as_good"]) for entry in found] == [
+        ("good", True), ("worse", True), ("dense", True), ("forgets", False), ("slow", False), ("lossy", False),
+    ]  # fmt: skip
+    outdone = {entry["method"]: entry["outdone_by"] for entry in found}
+    assert outdone == {
+        "good": [], "worse": ["good"], "dense": [], "forgets": [], "slow": ["good", "worse", "dense"], "lossy": [],
+    }  # fmt: skip
+    assert conclude.ranking([]) == []
+
+
+def test_ranking_without_perplexity_is_by_speed():
+    found = conclude.ranking([_row("dense", 1.0, None), _row("a", 0.5, None), _row("b", 2.0, None)])
+    assert [entry["method"] for entry in found] == ["b", "dense", "a"]
+    assert [entry["outdone_by"] for entry in found] == [[], ["b"], ["b", "dense"]]
+
+
 def test_a_task_that_was_not_finished_counts_as_lost():
     assert conclude.advice([DENSE, _row("half", 2.0)], 10).startswith("Stay with dense")
 
@@ -509,6 +538,13 @@ def test_parse_method():
     assert parse_method("pbs:queries=True:segment=512") == PBSAttention(512, queries=True)
     assert parse_method("xattention:threshold=0.5") == XAttention(threshold=0.5)
     assert all(parse_method(name) == kind() for name, kind in named().items())
+
+
+def test_all_is_every_name_once_and_dense_first():
+    chosen = Settings(methods=("moba:top_k=2", "all", "moba")).configured()
+    assert next(iter(chosen)) == "dense"
+    assert set(chosen) == {"moba:top_k=2", *named()}
+    assert set(Settings().methods) < set(named())
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from tilewise.attention.selects import Edges, First, Mass, Own, Share, TopK
 from tilewise.attention.stages import Arrangement, AsGiven, Chosen, Layout, Recipe, Skip, Tiles
 from tilewise.attention.tensor import TensorAttention, tensor_attention
 from tilewise.attention.unified_max import FlatProducts, UnifiedMax, decode, measure_flat
+from tilewise.attention.written import as_data, from_data
 
 __all__ = [
     "Antidiagonal",
@@ -126,6 +127,7 @@ __all__ = [
     "accuracy",
     "adaptive",
     "alibi_slopes",
+    "as_data",
     "as_method",
     "attend",
     "attend_tiles",
@@ -133,6 +135,7 @@ __all__ = [
     "context_parallel_attend",
     "decode",
     "explain",
+    "from_data",
     "io_cost",
     "kernelized_rpe",
     "local_linear_attention",

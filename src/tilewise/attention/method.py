@@ -21,12 +21,14 @@ class Method:
         name: what users call it; empty for methods that have no name of their own.
         modes: which of MODES it supports. An unsupported mode raises, it never approximates.
         reads: what it looks at to decide, for the tables ("q, k", "nothing", ...).
+        needs: what must be there before it can run: trained weights, a calibration; for the tables.
         exact: whether what it keeps is computed in the inputs' own precision.
     """
 
     name: ClassVar[str] = ""
     modes: ClassVar[tuple[str, ...]] = MODES
     reads: ClassVar[str] = "nothing"
+    needs: ClassVar[str] = "nothing"
     exact: ClassVar[bool] = True
     _named: ClassVar[dict[str, type[Method]]] = {}
 

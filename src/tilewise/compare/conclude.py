@@ -98,6 +98,46 @@ def advice(methods: list[dict[str, Any]], length: int) -> str:
     )
 
 
+def ranking(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measured methods, best first: those as good as dense by their speed, then the others by what they lose.
+
+    What is lost is bits per byte; without them (not asked for) all count as good. Each entry names the methods
+    that outdo it, which are at least as fast and at least as good in everything measured, and better in something.
+    """
+    if not methods:
+        return []
+    dense, measured = methods[0], [m for m in methods if m.get("prefill_speedup") is not None]
+
+    def good(method: dict[str, Any]) -> bool:
+        unknown = dense.get("bits_per_byte_change") is None
+        return method is dense or unknown or _as_good(method, dense)
+
+    def order(method: dict[str, Any]) -> tuple[bool, float]:
+        fine = good(method)
+        return not fine, -method["prefill_speedup"] if fine else method["bits_per_byte_change"]
+
+    ranked = sorted(measured, key=order)
+    return [
+        {
+            "method": method["method"],
+            "as_good": good(method),
+            "outdone_by": [other["method"] for other in ranked if _outdoes(other, method)],
+        }
+        for method in ranked
+    ]
+
+
+def _outdoes(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether `one` is at least as fast and as good in everything, and better in something."""
+    pairs = [(one["prefill_speedup"], other["prefill_speedup"])]
+    if one.get("bits_per_byte_change") is not None and other.get("bits_per_byte_change") is not None:
+        pairs.append((-one["bits_per_byte_change"], -other["bits_per_byte_change"]))
+    for task, score in other.get("tasks", {}).items():
+        if task in one.get("tasks", {}):
+            pairs.append((one["tasks"][task]["accuracy"], score["accuracy"]))
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
 def _as_good(method: dict[str, Any], dense: dict[str, Any]) -> bool:
     change = method.get("bits_per_byte_change")
     if change is None or change > SLACK_BITS:

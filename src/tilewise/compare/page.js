@@ -73,8 +73,13 @@ const tasks = [...new Set(methods.flatMap(m => Object.keys(m.tasks ?? {})))];
 const field = (key, label, unit, group, more) => ({key, label, unit, group, value: m => m[key], format: number, ...more});
 const lower = {better: -1, tolerance: 0.02};
 const spread = key => ({range: m => [m[key + "_low"], m[key + "_high"]]});
+const ranking = result.ranking ?? [], place = m => ranking.findIndex(entry => entry.method === m.method);
 const columns = [
   field("method", "method", "", "", {words: true, name: true}),
+  ...(ranking.length ? [
+    field("rank", "rank", "", "Rank", {format: String, value: m => (place(m) < 0 ? null : place(m) + 1)}),
+    field("outdone_by", "outdone by", "", "Rank", {words: true, long: true,
+      value: m => (place(m) < 0 ? null : ranking[place(m)].outdone_by.join(", ") || "none")})] : []),
   field("engine", "engine", "", "What ran", {words: true}),
   field("density", "density", "% of tiles", "What ran", {format: percent3}),
   field("prefill_ms", "prefill", "ms", "Time", {...lower, ...spread("prefill_ms")}),
@@ -92,6 +97,8 @@ const columns = [
   ...tasks.map(task => field(task, task, "% right", "Retrieval", {better: 1, tolerance: 0, format: percent3, task,
     value: m => m.tasks?.[task]?.accuracy, range: m => [m.tasks?.[task]?.low, m.tasks?.[task]?.high]})),
   field("modes", "modes", "", "How", {words: true, value: m => m.modes?.join(", ")}),
+  field("reads", "reads", "", "How", {words: true, long: true}),
+  field("needs", "needs", "", "How", {words: true}),
   field("lookahead", "looks ahead", "", "How", {words: true}),
   field("parameters", "parameters", "", "How", {words: true, long: true, value: m => Object.entries(m.parameters ?? {})
     .map(([name, value]) => `${name}=${say(value)}`).join(", ") || "none"}),
@@ -180,7 +187,9 @@ function makeTable() {
       " than dense: the intervals (small figures) do not overlap or, where there is none, the values differ by " +
       "more than 2 % (bits per byte: 0.1 %). KL and top-1 are distances from dense and carry no mark. Prefill is the " +
       "median of the repeats and contains the time spent choosing tiles; the first call is shown apart. Looks ahead: " +
-      "“tile” or “prompt” means that later tokens of the tile or of the whole prompt take part in the choice."));
+      "“tile” or “prompt” means that later tokens of the tile or of the whole prompt take part in the choice. " +
+      "Rank: methods as good as dense by their speed, then the others by the bits per byte they lose; a method is outdone " +
+      "by those at least as fast and at least as good in everything."));
 }
 makeTable();
 

@@ -7,7 +7,6 @@ in it, so it stays small, prints well and follows the reader's light or dark set
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import math
@@ -15,6 +14,8 @@ import os
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from tilewise.files import write_text
 
 _HERE = Path(__file__).parent
 
@@ -39,21 +40,6 @@ def render(result: dict[str, Any]) -> str:
 def write(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write the page to `path`, whole or not at all: an older file stays as it was if anything fails."""
     write_text(render(result), path)
-
-
-def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a file whole or not at all: an older one stays as it was if anything fails."""
-    path = Path(path)
-    # Beside the target, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _read(name: str) -> str:

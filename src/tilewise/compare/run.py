@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tilewise import papers
 from tilewise.attention import Method
 from tilewise.compare import conclude, maps, material, page, quality, table, timing
-from tilewise.compare.settings import Settings
+from tilewise.compare.settings import Choice, Settings
 from tilewise.errors import UserError
+from tilewise.files import write_text
 from tilewise.models import Event, patch
 from tilewise.version import __version__
 
@@ -60,7 +61,7 @@ def run_compare(settings: Settings, console: Console | None = None) -> dict[str,
 
 def write_json(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write the result as JSON, whole or not at all."""
-    page.write_text(json.dumps(page.finite(result), indent=1, allow_nan=False) + "\n", path)
+    write_text(json.dumps(page.finite(result), indent=1, allow_nan=False) + "\n", path)
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Run:
     """One comparison under way; every phase fills more of `rows`."""
 
     settings: Settings
-    methods: dict[str, Method]
+    methods: dict[str, Choice]
     on: material.Material
     console: Console
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -113,10 +114,10 @@ class Run:
         if name == "dense" and not options:
             return nullcontext()
         method = self.methods[name]
-        decode = method if "decode" in method.modes else "dense"
+        decode = method if isinstance(method, Method) and "decode" in method.modes else "dense"
         return patch(self.on.model, method, decode=decode, check=check, **options)
 
-    def _blank(self, name: str, method: Method) -> dict[str, Any]:
+    def _blank(self, name: str, method: Choice) -> dict[str, Any]:
         paper = next((p for p in papers.load() if p.key == method.name), None)
         numbers = (
             "engine", "density", "prefill_ms", "prefill_ms_low", "prefill_ms_high", "prefill_speedup",
@@ -130,6 +131,7 @@ class Run:
             "paper": None if paper is None else {"id": paper.id, "title": paper.title},
             "modes": list(method.modes),
             "reads": method.reads,
+            "needs": method.needs,
             "lookahead": method.lookahead,
             **dict.fromkeys(numbers),
             "tasks": {},
@@ -298,6 +300,7 @@ class Run:
                 "mass": [entry for c in collected for entry in c.mass],
                 "kept": [entry for c in collected for entry in c.kept],
             },
+            "ranking": conclude.ranking(rows),
             "advice": conclude.advice(rows, self.on.tokens.shape[1]),
         }
 

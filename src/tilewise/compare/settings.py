@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import dataclasses
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tilewise.attention import Method, as_method, named, plan
+from tilewise.attention import Method, as_method, named
+from tilewise.attention.written import check_plans
 from tilewise.errors import UserError
+from tilewise.models.recipes import ModelRecipe, is_recipe, read_recipe
 
 TASKS = ("perplexity", "recall", "passkey")
+METHODS = ("sage2", "sink-window", "moba", "xattention", "pbs", "flexprefill")  # what runs when nobody says
+ALL = "all"
+Choice = Method | ModelRecipe
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Settings:
     Args:
         model: a directory, a hub id, or None for the bundled model. text: a file, or None for the bundled sample.
         tokens: tokens of the text to run on; None is the model's context, at most 8,192.
-        methods: names, each with settings if wanted ("moba:block=64:top_k=4"); dense always runs first.
+        methods: names, each with settings if wanted ("moba:block=64:top_k=4"), or recipe files that
+            `tilewise tune` wrote; "all" stands for every name. dense always runs first.
         device, dtype: where and how the model is held. tasks: of TASKS.
         out, json: the page and the file to write; None writes none. seed: of tasks and everything random.
         repeats: timed rounds per method, after one that is not timed.
@@ -33,7 +37,7 @@ class Settings:
     model: str | None = None
     text: Path | None = None
     tokens: int | None = None
-    methods: tuple[str, ...] = field(default_factory=lambda: tuple(named()))
+    methods: tuple[str, ...] = METHODS
     device: str = "cpu"
     dtype: str = "float32"
     tasks: tuple[str, ...] = TASKS
@@ -54,11 +58,16 @@ class Settings:
         if self.out is not None and self.out == self.json:
             raise UserError(f"the page and the JSON need a file each, got {str(self.out)!r} for both")
 
-    def configured(self) -> dict[str, Method]:
+    def configured(self) -> dict[str, Choice]:
         """The methods by the name given, dense first. Raises UserError for unknown names and bad settings."""
-        chosen = {"dense": as_method("dense")}
+        chosen: dict[str, Choice] = {"dense": as_method("dense")}
         for text in self.methods:
-            chosen[text] = parse_method(text)
+            if text == ALL:
+                chosen |= {name: as_method(name) for name in named() if name not in chosen}
+            elif is_recipe(text):
+                chosen[Path(text).stem] = read_recipe(text)
+            else:
+                chosen[text] = parse_method(text)
         return chosen
 
 
@@ -77,8 +86,7 @@ def parse_method(text: str) -> Method:
                 raise ValueError(f"its settings are {', '.join(sorted(fields)) or 'none'}, got {pair!r}")
             given[key] = _value(value)
         method = dataclasses.replace(method, **given)  # type: ignore[type-var]
-        # Some settings are only used, and so only checked, when there is something to plan.
-        plan(method, *torch.zeros(2, 1, 1, 2, 8), mask="causal")
+        check_plans(method)
         return method
     except (ValueError, TypeError, ArithmeticError) as error:
         prefix = f"method {text!r}: " if pairs else ""

@@ -53,6 +53,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             escape(row["method"]), *_numbers(row, QUALITY), *(_score(row["tasks"].get(t)) for t in tasks)
         )
     console.print(quality)
+    _rank(result["ranking"], rows, console)
     for crossing in result["crossovers"]:
         when = crossing["note"]
         if crossing["tokens"] is not None:
@@ -61,6 +62,25 @@ def show(result: dict[str, Any], console: Console) -> None:
     for task, note in result["task_notes"].items():
         console.print(f"{task}: {note}", markup=False, highlight=False)
     console.print(result["advice"], markup=False, highlight=False, style="bold")
+
+
+def _rank(ranking: list[dict[str, Any]], rows: list[dict[str, Any]], console: Console) -> None:
+    """The order of the methods, when there is anything to order."""
+    if len(ranking) < 3:
+        return
+    by_name = {row["method"]: row for row in rows}
+    table = _table("", "method", "vs dense", "change", "as good", "outdone by")
+    for place, entry in enumerate(ranking, 1):
+        row = by_name[entry["method"]]
+        change = "-" if row["bits_per_byte_change"] is None else f"{row['bits_per_byte_change']:+.4f}"
+        others = entry["outdone_by"]
+        by = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
+        good = "yes" if entry["as_good"] else "no"
+        table.add_row(
+            str(place), escape(row["method"]), f"{row['prefill_speedup']:.2f}x", change, good, escape(by)
+        )
+    console.print(table)
+    console.print("as good as dense by speed, then the others by bits per byte lost\n", style="dim")
 
 
 def _table(*heads: str) -> Table:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,14 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewise.machine import clock
+
 Patcher = Callable[[], AbstractContextManager]
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after everything given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.inference_mode()

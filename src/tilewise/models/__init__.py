@@ -3,6 +3,17 @@
 from tilewise.models.capturing import capture, logit_quality
 from tilewise.models.load import bundled_model, load_model
 from tilewise.models.patching import Event, patch
+from tilewise.models.recipes import ModelRecipe, read_recipe
 from tilewise.models.registering import register
 
-__all__ = ["Event", "bundled_model", "capture", "load_model", "logit_quality", "patch", "register"]
+__all__ = [
+    "Event",
+    "ModelRecipe",
+    "bundled_model",
+    "capture",
+    "load_model",
+    "logit_quality",
+    "patch",
+    "read_recipe",
+    "register",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from tilewise.attention import Dense, Method, Plan, attend
 from tilewise.attention import plan as make_plan
+from tilewise.machine import clock
 from tilewise.models.masking import BoxMask
 from tilewise.tiles import Causal, Everything, Mask, Partial, TokenMask
 
@@ -91,7 +91,7 @@ class Bridge:
             given = make_plan(method, query, key, mask=mask, scale=scaling)
             if self.plans is not None:
                 given = self.plans[layer] = given.unrounded()
-        start = _clock(query) if self.observer else 0.0
+        start = clock(query.device) if self.observer else 0.0
         out = attend(
             query,
             key,
@@ -106,7 +106,7 @@ class Bridge:
         if isinstance(out, Partial):
             out = out.out
         if self.observer and given is not None:
-            seconds = _clock(query) - start
+            seconds = clock(query.device) - start
             terms = {"bias": bias, "scale": scaling or 1.0, "softcap": softcap}
             ran = tuple(choice.engine for choice in given.explain(query, key, value, self.engine, **terms))
             self.observer(Event(layer, method, given, ran, seconds, query, key, value, mask, scaling))
@@ -136,9 +136,3 @@ def _mask(
     if attention_mask.dtype == torch.bool:
         return TokenMask(attention_mask[:, :, :, :n_k]), None, n_k
     return Everything(), attention_mask[:, :, :, :n_k], n_k
-
-
-def _clock(x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()

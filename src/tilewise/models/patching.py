@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from tilewise.attention import Method, as_method
 from tilewise.errors import UserError
 from tilewise.models.bridge import Bridge, Event
+from tilewise.models.recipes import ModelRecipe, is_recipe, read_recipe
 from tilewise.models.registering import registered
 
 _numbers = itertools.count()
@@ -22,7 +24,7 @@ _numbers = itertools.count()
 @contextmanager
 def patch(
     model: PreTrainedModel,
-    attention: Method | str | Mapping[int, Method | str],
+    attention: Method | str | os.PathLike[str] | ModelRecipe | Mapping[int, Method | str],
     *,
     decode: Method | str = "dense",
     layers: Iterable[int] | None = None,
@@ -37,7 +39,8 @@ def patch(
 
     Args:
         model: any model whose attention goes through the attention interface.
-        attention: a method for prompts (calls of several queries), or a mapping from layer index to method.
+        attention: a method for prompts (calls of several queries), or a mapping from layer index to method,
+            or a recipe for the whole model, itself or the file it is in (a path, or a text that ends in .json).
         decode: the method for calls of one query, in the layers that are changed.
         layers: indices of the layers to change, all when None; the others stay dense.
         engine: as in `attend`.
@@ -51,7 +54,8 @@ def patch(
     Raises:
         TypeError: not a transformers model.
         UserError: (a ValueError) the model's attention cannot be swapped, is already patched, a layer index does
-            not exist, a method is unknown or does not decode, or the leak check failed.
+            not exist, a method is unknown or does not decode, a recipe is missing, damaged or for another number of
+            layers, or the leak check failed.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -119,6 +123,12 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
 
 def _per_layer(model: PreTrainedModel, attention, layers: Iterable[int] | None) -> dict[int, Method]:
     count = model.config.get_text_config().num_hidden_layers
+    if is_recipe(attention):
+        attention = read_recipe(attention)
+    if isinstance(attention, ModelRecipe):
+        if attention.layers != count:
+            raise UserError(f"the recipe is for a model of {attention.layers} layers, this one has {count}")
+        attention = attention.methods
     if not isinstance(attention, Mapping):
         attention = dict.fromkeys(range(count) if layers is None else layers, attention)
     elif layers is not None:
