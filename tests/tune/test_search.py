@@ -146,7 +146,7 @@ def test_an_interrupt_keeps_what_was_found(given, monkeypatch):
     real, calls = search._search, []
 
     def stopping(*args):
-        calls.append(args[3])
+        calls.append(args[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args)
@@ -155,6 +155,18 @@ def test_an_interrupt_keeps_what_was_found(given, monkeypatch):
     recipe = tune(**given, cost="density", budget=0.9)
     assert set(recipe.methods) <= {0} and recipe.about["partial"]
     assert read_recipe(given["out"]).about["partial"]
+
+
+def test_layers_are_held_in_groups(given, monkeypatch):
+    """However few fit in memory at once, every layer is searched on its own calls."""
+    held, real = [], search._events
+    monkeypatch.setattr(search, "_events", lambda *args: held.append(args[2]) or real(*args))
+    for limit, groups in ((2**31, {range(3)}), (1, {range(1), range(1, 2), range(2, 3)})):
+        held.clear()
+        monkeypatch.setattr(search, "HELD", limit)
+        found = search.explore(Settings(**given), Console(file=io.StringIO()))
+        assert set(held) == groups and list(found.layers) == [0, 1, 2]
+        assert all(len(tried) > 1 for tried in found.layers.values())
 
 
 def test_an_interrupt_before_anything(given, monkeypatch):
@@ -215,8 +227,8 @@ def test_promising_begins_with_the_front():
 
 def test_weights_move_the_budget_to_layers_that_matter():
     choices = [Tried("a", MoBA(16, 1), 0.2, 0.5, 1.0), Tried("b", MoBA(16, 9), 0.8, 0.1, 1.0)]
-    alike = Board("density", {0: choices, 1: choices})
+    alike = Board("density", 99, {0: choices, 1: choices})
     for heavy in (0, 1):
-        board = Board("density", alike.layers, {heavy: 1.0, 1 - heavy: 0.01})
+        board = Board("density", 99, alike.layers, {heavy: 1.0, 1 - heavy: 0.01})
         best = board.best(0.5)
         assert (best[heavy].family, best[1 - heavy].family) == ("b", "a")

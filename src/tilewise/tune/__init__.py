@@ -2,7 +2,20 @@
 
 from tilewise.tune.choose import allocate, front
 from tilewise.tune.measure import Found, Sample, measure
-from tilewise.tune.search import Settings, run_tune
+from tilewise.tune.search import Board, Settings, Tried, explore, run_tune
 from tilewise.tune.space import composed, published
 
-__all__ = ["Found", "Sample", "Settings", "allocate", "composed", "front", "measure", "published", "run_tune"]
+__all__ = [
+    "Board",
+    "Found",
+    "Sample",
+    "Settings",
+    "Tried",
+    "allocate",
+    "composed",
+    "explore",
+    "front",
+    "measure",
+    "published",
+    "run_tune",
+]

@@ -31,6 +31,7 @@ from tilewise.tune.space import composed, published
 
 LONGEST = 8192  # tokens used when the caller does not say and the model's context is longer
 SHORTER = 4  # the first round reads this fraction of the tokens
+HELD = 2**31  # bytes of queries, keys and values held at once
 FIRST_ROUND = 0.4  # of the time
 SHOWN = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # budgets of the table
 
@@ -96,10 +97,12 @@ class Board:
     """Everything tried at full length, by layer."""
 
     cost: str
+    tokens: int
     layers: dict[int, list[Tried]] = field(default_factory=dict)
     weights: dict[int, float] = field(
         default_factory=dict
     )  # of a layer's squared error; without them, all alike
+    partial: bool = False  # whether the search was interrupted
 
     def best(self, budget: float) -> dict[int, Tried]:
         """For each layer what to use, so that the loss is least at this mean cost. Raises as `allocate`."""
@@ -120,33 +123,40 @@ def run_tune(settings: Settings, console: Console | None = None) -> ModelRecipe:
     dense; when not even one was reached the interrupt is raised again and nothing is written.
     """
     console = console or Console()
+    return _conclude(settings, explore(settings, console), console)
+
+
+def explore(settings: Settings, console: Console | None = None) -> Board:
+    """The search alone: everything tried at full length, from which recipes of any budget follow. As `run_tune`."""
+    console = console or Console()
     model, tokenizer = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     texts = _texts(settings, model, tokenizer)
     count = model.config.get_text_config().num_hidden_layers
-    board = Board(settings.cost)
-    interrupted = False
+    board, step = Board(settings.cost, texts["text"].shape[0]), _together(model, texts)
     try:
         with _progress(console) as progress:
             for layer in range(count):
+                if layer % step == 0:
+                    group = range(layer, min(layer + step, count))
+                    whole = [_events(model, tokens, group) for tokens in texts.values()]
+                    short = [_events(model, t[: max(64, len(t) // SHORTER)], group) for t in texts.values()]
                 task = progress.add_task(f"layer {layer} of {count}", total=settings.seconds / count)
-                board.layers[layer] = _search(settings, model, texts, layer, progress, task)
+                some, every = ([found.pop(layer) for found in part] for part in (short, whole))
+                board.layers[layer] = _search(settings, layer, some, every, progress, task)
         if settings.judge == "logits":
             board.weights = _weights(model, texts["text"], board, settings.budget)
     except KeyboardInterrupt:
         if not board.layers:
             raise
-        interrupted = True
+        board.partial = True
     for layer in set(range(count)) - set(board.layers):
         board.layers[layer] = [Tried("dense", Dense(), 1.0, 0.0, 1.0)]
-        board.weights = {}
     board.layers = dict(sorted(board.layers.items()))
-    return _conclude(settings, board, count, texts, interrupted, console)
+    return board
 
 
-def _conclude(
-    settings: Settings, board: Board, count: int, texts: Mapping[str, Tensor], partial: bool, console: Console
-) -> ModelRecipe:
-    rows = []
+def _conclude(settings: Settings, board: Board, console: Console) -> ModelRecipe:
+    rows, count = [], len(board.layers)
     for budget in sorted({*SHOWN, settings.budget}):
         try:
             rows.append((budget, board.best(budget)))
@@ -160,12 +170,12 @@ def _conclude(
     about = {
         "model": settings.model or "bundled",
         "text": str(settings.text) if settings.text else "bundled sample",
-        "tokens": texts["text"].shape[0],
+        "tokens": board.tokens,
         "cost": settings.cost,
         "budget": settings.budget,
         "judge": settings.judge,
-        "partial": partial,
-        "machine": machine(texts["text"].device),
+        "partial": board.partial,
+        "machine": machine(torch.device(settings.device)),
         "expected": _summary(chosen),
         "tried": sum(len(found) for found in board.layers.values()),
     }
@@ -227,23 +237,38 @@ def _texts(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Tensor]:
     return made
 
 
-def _samples(model: Any, tokens: Tensor, layer: int) -> Sample:
-    """One layer's attention call on these tokens."""
-    seen: list[Event] = []
+def _events(model: Any, tokens: Tensor, layers: range) -> dict[int, Event]:
+    """The attention calls of these layers on these tokens."""
+    seen: dict[int, Event] = {}
 
     def keep(event: Event) -> None:
-        if event.layer == layer:
-            seen.append(event)
+        if event.layer in layers:
+            seen[event.layer] = event
 
     with torch.no_grad(), patch(model, "dense", check=False, observer=keep):
         model(input_ids=tokens.unsqueeze(0), use_cache=False, logits_to_keep=1)
-    (event,) = seen
-    return Sample.of(event.q, event.k, event.v, event.mask, event.scale)
+    return seen
+
+
+def _together(model: Any, texts: Mapping[str, Tensor]) -> int:
+    """How many layers' calls are held at once: as many as fit in HELD bytes, at least one."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    tokens = sum(len(t) for t in texts.values())
+    size = tokens * (heads + 2 * kv_heads) * dim * model.dtype.itemsize * (1 + 1 / SHORTER)
+    return max(1, int(HELD / max(size, 1)))
 
 
 @torch.no_grad()
 def _search(
-    settings: Settings, model: Any, texts: Mapping[str, Tensor], layer: int, progress: Progress, task: Any
+    settings: Settings,
+    layer: int,
+    short: Sequence[Event],
+    whole: Sequence[Event],
+    progress: Progress,
+    task: Any,
 ) -> list[Tried]:
     """What was tried on one layer at full length; dense is always among it."""
     every = [
@@ -251,18 +276,20 @@ def _search(
     ]
     random.Random(f"{settings.seed} {layer}").shuffle(every)
     share = progress.tasks[task].total or 0.0
-    short = [_samples(model, tokens[: max(64, len(tokens) // SHORTER)], layer) for tokens in texts.values()]
-    whole = [_samples(model, tokens, layer) for tokens in texts.values()]
     begun = time.monotonic()
 
     def tick(limit: float) -> bool:
         progress.update(task, completed=time.monotonic() - begun)
         return time.monotonic() - begun < limit
 
-    first = _try(every, short, lambda: tick(share * FIRST_ROUND))
-    second = _try(promising(first, settings.cost), whole, lambda: tick(share))
+    first = _try(every, [_sample(e) for e in short], lambda: tick(share * FIRST_ROUND))
+    second = _try(promising(first, settings.cost), [_sample(e) for e in whole], lambda: tick(share))
     progress.update(task, completed=share)
     return [Tried("dense", Dense(), 1.0, 0.0, 1.0), *second]
+
+
+def _sample(event: Event) -> Sample:
+    return Sample.of(event.q, event.k, event.v, event.mask, event.scale)
 
 
 def _try(
