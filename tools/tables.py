@@ -2,8 +2,8 @@
 
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-eighth` from a run with every method set to read about an eighth of the tiles; `bench-attention` from
-benchmarks/results, as do `precision` and `adaptive`; `video` from what training/train_video.py measured. With
---check nothing is written: exit code 1 names the pages that are out of date.
+benchmarks/results, as do `precision` and `adaptive`; `video` from what training/train_video.py measured; `counts`
+from the package itself. With --check nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tilewise import papers
+from tilewise import attention, papers
+from tilewise.kernels import attend_tiles
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,6 +115,19 @@ def video_tables(path: Path) -> str:
     )
 
 
+def counts() -> str:
+    """How many papers, methods and kernels there are, in a sentence."""
+    kinds = [kind for name in attention.__all__ if isinstance(kind := getattr(attention, name), type)]
+    methods = [kind for kind in kinds if issubclass(kind, attention.Method)]
+    frames = {attention.Method, attention.Recipe, attention.Tiles}
+    rooms = sorted(path.parent.name for path in (ROOT / "src/tilewise/kernels").glob("*/definition.py"))
+    return (
+        f"{len(papers.load())} papers are in the register. Their attention is {len(set(methods) - frames)} methods,"
+        f" {len(attention.named())} of them with a name, and what is built around them; all of it runs"
+        f" on {len(rooms)} kernel ({', '.join(f'`{room}`' for room in rooms)}) with {len(attend_tiles.ENGINES)} engines."
+    )
+
+
 def _compare_row(method: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     def show(key: str, form: str) -> str:
         return "–" if method.get(key) is None else form.format(method[key])
@@ -153,6 +167,7 @@ def main(arguments: Sequence[str]) -> int:
         "compare": compare_table(),
         "compare-eighth": eighth,
         "bench-attention": bench,
+        "counts": counts(),
         "video": video_tables(ROOT / "training/video_results.json"),
     }
     stale = []
