@@ -121,10 +121,11 @@ def counts() -> str:
     methods = [kind for kind in kinds if issubclass(kind, attention.Method)]
     frames = {attention.Method, attention.Recipe, attention.Tiles}
     rooms = sorted(path.parent.name for path in (ROOT / "src/tilewise/kernels").glob("*/definition.py"))
+    room = ", ".join(f"`{room}`" for room in rooms)
     return (
         f"{len(papers.load())} papers are in the register. Their attention is {len(set(methods) - frames)} methods,"
         f" {len(attention.named())} of them with a name, and what is built around them; all of it runs"
-        f" on {len(rooms)} kernel ({', '.join(f'`{room}`' for room in rooms)}) with {len(attend_tiles.ENGINES)} engines."
+        f" on {len(rooms)} kernel ({room}) with {len(attend_tiles.ENGINES)} engines."
     )
 
 

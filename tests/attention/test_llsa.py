@@ -14,20 +14,15 @@ from tests.attention.test_pisa import (
     MASKS,
     N,
     captured,
-    check_compiles,
-    check_dtypes,
-    check_full,
-    check_future,
-    check_lengths,
     check_plan,
     error,
 )
 from tests.attention.video_like import video_qkv
-from tests.conformance.common import ENGINES, qkv
+from tests.conformance.common import qkv
 from tilewise.attention import Boxes, Centroid, Skip, Tiles, TopK, attend, plan
 from tilewise.attention.recipes.llsa import LLSA
 from tilewise.attention.recipes.pisa import Edges
-from tilewise.tiles import NONE, PARTIAL, Padding, Tiling
+from tilewise.tiles import NONE, PARTIAL, Tiling
 
 SMALL = LLSA(block=4, top_k=3)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -212,30 +207,6 @@ def test_blocks_that_the_mask_cuts_through_are_entered():
         assert torch.equal(read, seen.float())
 
 
-OPTIONS = {
-    "auto": SMALL,
-    "one level": replace(SMALL, levels=1),
-    "overlap": LLSA(4, 2, 2, overlap=True),
-    "three levels": LLSA(4, 2, 3),
-}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("method", OPTIONS.values(), ids=OPTIONS)
-def test_equals_the_explicit_formula(method, mask):
-    check_plan(method, mask)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine(engine):
-    check_plan(SMALL, "causal", engine=engine)
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (7, 1), (8, 2)], ids=str)
-def test_groups(heads):
-    check_plan(SMALL, "causal", *heads)
-
-
 @pytest.mark.parametrize(("grid", "box", "before"), [((4, 4, 8), (1, 2, 2), 0), ((3, 5, 7), (2, 2, 4), 6)])
 def test_boxes_of_a_video(grid, box, before):
     n = before + grid[0] * grid[1] * grid[2]
@@ -246,19 +217,6 @@ def test_boxes_of_a_video(grid, box, before):
         attend(q, k, v, replace(SMALL, order=order))
 
 
-def test_set_to_take_every_block_it_is_dense():
-    check_full(LLSA(4, 10**6))
-    check_full(LLSA(4, 10**6, levels=2))
-
-
-@pytest.mark.parametrize("method", OPTIONS.values(), ids=OPTIONS)
-def test_lengths_futures_and_formats(method):
-    check_lengths(method, unequal=((33, 5), (40, 1), (7, 0)))
-    check_future(method)
-    check_dtypes(method)
-    assert method.lookahead == "prompt"
-
-
 def test_the_choice_does_look_ahead():
     """The reason for that: with more tokens of the coarsest block changed, earlier queries choose other blocks."""
     q, k, _ = qkv(1, 1, 1, 256, dtype=torch.float32)
@@ -267,30 +225,6 @@ def test_the_choice_does_look_ahead():
     one, two = (plan(LLSA(4, 2, 3), x, k, mask="causal").tile_maps[0].keep for x in (q, other))
     assert not torch.equal(one[:, :, :49], two[:, :, :49])
     assert torch.equal(one[:, :, :48], two[:, :, :48])  # blocks of 4 in earlier blocks of 64
-
-
-def test_compiles_whole():
-    check_compiles(replace(SMALL, levels=2))  # left to itself, the number of levels changes with the length
-
-
-def test_rows_that_see_nothing():
-    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 2, 40))
-    mask = Padding(torch.zeros(1, 40, dtype=torch.bool))
-    got = attend(q, k, v, SMALL, mask=mask, return_lse=True)
-    assert (got.out == 0).all() and (got.lse == -torch.inf).all()
-    assert all((x == 0).all() for x in torch.autograd.grad(got.out.sum(), (q, k, v)))
-
-
-def test_padding_may_hold_anything():
-    q, k, v = qkv(1, 2, 2, 64, dtype=torch.float32)
-    mask = Padding(torch.arange(64).lt(41).unsqueeze(0))
-    outs = []
-    for value in (0.0, 1e30):
-        filled = [x.clone() for x in (k, v)]
-        for x in filled:
-            x[:, :, 41:] = value
-        outs.append(attend(q, *filled, SMALL, mask=mask))
-    assert torch.equal(*outs) and outs[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

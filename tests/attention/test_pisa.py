@@ -1,29 +1,21 @@
-"""PISA: what unselected tiles give, that it errs less than leaving them out, and when the first order helps.
-
-`explicit` and the checks below it serve the tests of other methods that read means as well.
-"""
+"""PISA: what unselected tiles give, that it errs less than leaving them out, and when the first order helps."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
-import tilewise
-from tests.conformance.common import ENGINES, over_budget, qkv, repeat, run_or_refuse, tile_of
+from tests.attention.compared import captured, least_share
+from tests.conformance.weighted import MASKS, N, check_compiles, check_dtypes, check_full, check_future, check_lengths, check_plan, error, explicit  # noqa
+from tests.conformance.common import qkv
 from tilewise.attention import (
     Boxes,
     Layout,
     MeanPool,
-    Means,
-    Plan,
     Pooled,
-    Share,
     Skip,
     Tiles,
     TopK,
@@ -31,179 +23,7 @@ from tilewise.attention import (
     plan,
 )
 from tilewise.attention.recipes.pisa import PISA, Edges, MomentPool
-from tilewise.tiles import NONE, PARTIAL, Causal, Documents, Padding, Tiling, TokenMask, Window
-
-N = 130
-MASKS = {
-    "none": None,
-    "causal": "causal",
-    "window": Causal() & Window(40, None),
-    "documents": Causal() & Documents(torch.tensor([0, 30, 30, N])),
-    "left padding": Causal() & Padding(torch.arange(N).ge(torch.tensor([[13], [40]]))),
-    "right padding": Padding(torch.arange(N).lt(torch.tensor([[100], [61]]))),
-    "any": TokenMask(torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.5),
-}
-
-
-def explicit(made: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """A plan's answer by its meaning: one softmax over all tokens and means that a query reads.
-
-    In the inputs' dtype. Means are products with a matrix of averages made token by token; the first order is the
-    mean of `(k - mean of its tile) v^T` over the tokens that a query reads as means. N x N, differentiable.
-    """
-    (b, heads, n_q, d), n_k = q.shape, k.shape[2]
-    kk, vv = repeat(k, heads), repeat(v, heads)
-    scale = d**-0.5 if scale is None else scale
-    logits, values, shift = [], [], []
-    for one in made.passes:
-        rows = tile_of(one.tiles.q_tiling, one.q_order, b, heads, n_q)
-        keep = repeat(one.tiles.keep, heads).expand(b, heads, -1, -1)
-        at = torch.arange(b).view(b, 1, 1, 1), torch.arange(heads).view(1, heads, 1, 1), rows.unsqueeze(3)
-        keys, own, weight = kk, vv, torch.zeros(b, heads, 1, n_k, dtype=q.dtype)
-        if one.reads is None:
-            columns = tile_of(one.tiles.k_tiling, one.k_order, b, heads, n_k)
-        else:
-            assert isinstance(one.reads, Means)
-            average, counts = (x.to(q.dtype) for x in averages(one.reads, b, heads, n_k))
-            keys, own, weight = average @ kk, average @ vv, counts.clamp(min=1).log().unsqueeze(2)
-            columns = tile_of(one.tiles.k_tiling, None, b, heads, average.shape[2])
-        columns_seen = repeat(one.view.tokens(), heads).expand(b, heads, n_q, keys.shape[2])
-        seen = columns_seen & keep[(*at, columns.unsqueeze(2))]
-        logits.append((q @ keys.mT * scale + weight).masked_fill(~seen, -torch.inf))
-        values.append(own)
-        moved = torch.zeros(b, heads, n_q, v.shape[3], dtype=q.dtype)
-        if one.reads is not None and one.reads.slope:
-            moved = first_order(seen, average, counts, q, kk, vv) * scale * one.reads.slope
-        shift.append(moved)
-    sizes = [x.shape[3] for x in logits]
-    both = torch.cat(logits, 3)
-    weights = both.softmax(-1).masked_fill(both == -torch.inf, 0).split(sizes, 3)
-    return sum(w @ x + w.sum(-1, keepdim=True) * s for w, x, s in zip(weights, values, shift, strict=True))
-
-
-def averages(reads: Means, b: int, heads: int, n_k: int) -> tuple[Tensor, Tensor]:
-    """The matrix of averages `[b, heads, means, n_k]` and the tokens in each mean."""
-    own = tile_of(reads.tiling, reads.order, b, heads, n_k)
-    members = torch.nn.functional.one_hot(own, reads.tiling.count(n_k)).mT
-    members = members * repeat(reads.seen, heads).unsqueeze(2)
-    counts = members.sum(-1).double()
-    return members / counts.clamp(min=1).unsqueeze(-1), counts
-
-
-def first_order(seen: Tensor, average: Tensor, counts: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`q C`, with C the mean over the tokens of the means that a query reads."""
-    members = (average > 0).to(q.dtype)  # [b, h, means, n]
-    centred = k - members.mT @ (average @ k)
-    moments = torch.einsum("bhtn,bhnd,bhne->bhtde", members, centred, v.to(q.dtype))
-    tokens = (seen * counts.unsqueeze(2)).sum(-1, keepdim=True).clamp(min=1)
-    return torch.einsum("bhqd,bhqt,bhtde->bhqe", q, (seen / tokens).to(q.dtype), moments)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())
-
-
-def check_plan(method, mask, heads=4, kv_heads=2, n=N, d=8, b=2, engine="torch", seed=0) -> Plan:
-    """Forward and gradients of a method on one engine equal the explicit formula; returns the plan."""
-    q, k, v = qkv(b, heads, kv_heads, n, d=d, d_v=6, seed=seed)
-    made = plan(method, q, k, mask=mask)
-    run = run_or_refuse(engine, q, k, v, made)
-    if run is None:
-        return made
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want = explicit(made, *leaves)
-    d_out = torch.randn_like(want)
-    wanted = [want, *torch.autograd.grad(want, leaves, d_out)]
-    out = run(*leaves, None)
-    got = [out, *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
-    eps = torch.finfo(out.dtype).eps
-    for name, mine, yours in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
-        mine, yours = mine.detach(), yours.detach()
-        # Sums of n products are off by up to n eps of what is added up; gradients chain three such sums.
-        slack = 8 * n * eps * float(yours.abs().max().clamp(min=1))
-        assert float((mine.double() - yours).abs().max()) <= slack, name
-    return made
-
-
-def check_future(method, n=160, tile=64, dtype=torch.float32) -> None:
-    """Tokens of later tiles never change earlier outputs: bit for bit, with the plan made from both inputs."""
-    q, k, v = qkv(1, 4, 2, n, d=8, dtype=dtype)
-    chosen = plan(method, q, k, mask="causal") if method.lookahead == "prompt" else method
-    options = {} if isinstance(chosen, Plan) else {"mask": "causal"}
-    first = tile * (n // tile)
-    later = [x.clone() for x in (q, k, v)]
-    for x in later:
-        x[:, :, first:] = 50 * torch.randn_like(x[:, :, first:])
-    before, after = (attend(*x, chosen, engine="torch", **options)[:, :, :first] for x in ((q, k, v), later))
-    assert torch.equal(before, after)
-
-
-def check_dtypes(method, n=150) -> None:
-    """Each format errs at most twice as much as the explicit formula evaluated in it."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        q, k, v = qkv(2, 4, 2, n, d=16, dtype=dtype)
-        made = plan(method, q.double(), k.double(), mask="causal")
-        want = explicit(made, q.double(), k.double(), v.double())
-        out = attend(q, k, v, made)
-        assert out.dtype == dtype
-        assert over_budget(out, explicit(made, q, k, v), want) is None, dtype
-
-
-def check_full(method) -> None:
-    """Set to compute everything, a method is dense attention under any mask."""
-    for mask in MASKS.values():
-        q, k, v = qkv(2, 4, 2, N)
-        torch.testing.assert_close(
-            attend(q, k, v, method, mask=mask), attend(q, k, v, mask=mask), rtol=1e-12, atol=1e-12
-        )
-
-
-def check_lengths(method, unequal=((33, 5), (40, 1), (7, 0), (0, 7))) -> None:
-    for n_q, n_k in (*((n, n) for n in (0, 1, 2, 15, 17, 33, 129)), *unequal):
-        q, k, v = qkv(1, 2, 1, n_q, n_k, dtype=torch.float32)
-        made = plan(method, q, k, mask="causal")
-        got = attend(q, k, v, made, return_lse=True)
-        assert got.out.shape == q.shape and got.out.isfinite().all()
-        if n_q and n_k:
-            torch.testing.assert_close(got.out, explicit(made, q, k, v))
-        assert (got.out[:, :, : max(0, n_q - n_k)] == 0).all()
-        assert (got.lse[:, :, : max(0, n_q - n_k)] == -torch.inf).all()
-
-
-def check_compiles(method, lengths: tuple[int, ...] = (64, 97, 257)) -> None:
-    """One whole graph, equal to eager bit for bit, and another for all further lengths."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(
-        lambda q, k, v: attend(q, k, v, method, mask="causal"), fullgraph=True, backend=counter
-    )
-    for n in lengths:
-        inputs = qkv(1, 4, 2, n, dtype=torch.float32)
-        assert torch.equal(compiled(*inputs), attend(*inputs, method, mask="causal")), n
-    assert counter.frame_count <= 2
-    torch._dynamo.reset()
-
-
-@functools.lru_cache(maxsize=2)
-def captured(n: int, layers: tuple[int, ...], skip: int = 0) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """q, k, v of some layers of the bundled language model, reading `n` bytes of its text from byte `skip` on."""
-    from tilewise.models import capture, load_model
-
-    model, tokenizer = load_model()
-    text = (Path(tilewise.__file__).parent / "data/sample.txt").read_text(encoding="utf-8")
-    tokens = torch.tensor(tokenizer(text[skip : skip + n + 8])["input_ids"][:n])
-    return capture(model, tokens, layers=layers)
-
-
-def least_share(made: Tiles, density: float, q: Tensor, k: Tensor, mask) -> Plan:
-    """The plan of these stages at the least share of tiles, to a 256th, that is at least as dense."""
-    low, high = 0, 256
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = plan(replace(made, select=Share(middle / 256)), q, k, mask=mask).density >= density
-        low, high = (low, middle) if enough else (middle, high)
-    return plan(replace(made, select=Share(high / 256)), q, k, mask=mask)
-
+from tilewise.tiles import NONE, PARTIAL, Causal, Padding, Tiling
 
 SMALL = PISA(density=0.3, tile=16)
 LAYERS = (2, 3, 4, 5)
@@ -376,22 +196,6 @@ def test_tiles_that_the_mask_cuts_through_are_exact():
     assert torch.equal(Edges().tiles(layout, kinds != NONE), layout.kinds() == PARTIAL)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("taylor", [0, 1])
-def test_equals_the_explicit_formula(mask, taylor):
-    check_plan(replace(SMALL, taylor=taylor), mask)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine(engine):
-    check_plan(SMALL, "causal", engine=engine)
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (7, 1), (8, 2)], ids=str)
-def test_groups(heads):
-    check_plan(SMALL, "causal", *heads)
-
-
 @pytest.mark.parametrize(("grid", "box", "before"), [((4, 4, 8), (2, 2, 4), 0), ((3, 5, 7), (2, 2, 4), 6)])
 def test_boxes_of_a_video_even_and_uneven(grid, box, before):
     n = before + grid[0] * grid[1] * grid[2]
@@ -405,28 +209,6 @@ def test_full_density_is_dense_and_reads_no_means():
     full = PISA(density=1.0, tile=16)
     assert len(plan(full, *qkv()[:2]).passes) == 1
     check_full(full)
-
-
-@pytest.mark.parametrize("taylor", [0, 1])
-def test_lengths_futures_and_formats(taylor):
-    method = replace(SMALL, taylor=taylor)
-    check_lengths(method)
-    check_future(method)
-    check_dtypes(method)
-    assert SMALL.lookahead == "tile"
-
-
-def test_compiles_whole():
-    check_compiles(replace(SMALL, taylor=0))
-    check_compiles(SMALL, lengths=(97,))
-
-
-def test_rows_that_see_nothing():
-    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 2, 40))
-    mask = Padding(torch.zeros(1, 40, dtype=torch.bool))
-    got = attend(q, k, v, SMALL, mask=mask, return_lse=True)
-    assert (got.out == 0).all() and (got.lse == -torch.inf).all()
-    assert all((x == 0).all() for x in torch.autograd.grad(got.out.sum(), (q, k, v)))
 
 
 def test_padding_may_hold_anything():

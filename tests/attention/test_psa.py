@@ -12,18 +12,13 @@ from tests.attention.test_pisa import (
     MASKS,
     N,
     captured,
-    check_compiles,
-    check_dtypes,
-    check_full,
-    check_future,
-    check_lengths,
     check_plan,
     error,
     explicit,
     least_share,
 )
 from tests.attention.video_like import video_qkv
-from tests.conformance.common import ENGINES, qkv
+from tests.conformance.common import qkv
 from tilewise.attention import (
     Antidiagonal,
     Boxes,
@@ -39,7 +34,7 @@ from tilewise.attention import (
     plan,
 )
 from tilewise.attention.recipes.psa import PSA, Pyramid, runs
-from tilewise.tiles import FULL, NONE, PARTIAL, Causal, Padding, Tiling
+from tilewise.tiles import FULL, NONE, PARTIAL, Causal, Tiling
 
 SMALL = PSA(levels=((1, 0.3), (2, 0.5), (4, 0.7), (8, 0.9)), tile=(32, 16), score=Antidiagonal(4))
 QUOTAS = ((1, 0.05), (2, 0.15), (4, 0.25), (8, 0.5))  # the authors' shares of tiles
@@ -222,30 +217,6 @@ def test_a_pyramid_leaves_out_tiles_that_the_mask_cuts_through():
     assert torch.equal(one.tiles.keep, (layout.kinds() == FULL).expand(1, 2, -1, -1))
 
 
-OPTIONS = {
-    "mass": SMALL,
-    "share": replace(SMALL, by="share"),
-    "alike": replace(SMALL, alike=(0.1, 0.0, -0.1)),
-    "mean pool": replace(SMALL, score=MeanPool(), always=()),
-}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("method", OPTIONS.values(), ids=OPTIONS)
-def test_equals_the_explicit_formula(method, mask):
-    check_plan(method, mask)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine(engine):
-    check_plan(SMALL, "causal", engine=engine)
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (7, 1), (8, 2)], ids=str)
-def test_groups(heads):
-    check_plan(SMALL, "causal", *heads)
-
-
 @pytest.mark.parametrize(("grid", "box", "before"), [((4, 4, 8), (2, 2, 4), 0), ((3, 5, 7), (2, 2, 4), 6)])
 @pytest.mark.parametrize("alike", [None, (0.1, 0.0, -0.1)], ids=["", "alike"])
 def test_boxes_of_a_video_even_and_uneven(grid, box, before, alike):
@@ -255,32 +226,6 @@ def test_boxes_of_a_video_even_and_uneven(grid, box, before, alike):
     q, k, v = qkv(n_q=n + 1)
     with pytest.raises(ValueError, match=f"has {n} tokens, got {n + 1}"):
         attend(q, k, v, PSA(order=order))
-
-
-def test_set_to_read_everything_it_is_dense():
-    full = PSA(levels=((1, 1.0),), tile=(32, 16))
-    assert len(plan(full, *qkv()[:2]).passes) == 1
-    check_full(full)
-
-
-@pytest.mark.parametrize("method", OPTIONS.values(), ids=OPTIONS)
-def test_lengths_futures_and_formats(method):
-    check_lengths(method)
-    check_future(method)
-    check_dtypes(method)
-    assert method.lookahead == "tile"
-
-
-def test_compiles_whole():
-    check_compiles(replace(SMALL, levels=((1, 0.3), (4, 0.9)), alike=(0.1,)))
-
-
-def test_rows_that_see_nothing():
-    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 2, 40))
-    mask = Padding(torch.zeros(1, 40, dtype=torch.bool))
-    got = attend(q, k, v, SMALL, mask=mask, return_lse=True)
-    assert (got.out == 0).all() and (got.lse == -torch.inf).all()
-    assert all((x == 0).all() for x in torch.autograd.grad(got.out.sum(), (q, k, v)))
 
 
 def test_one_plan_serves_other_values():
