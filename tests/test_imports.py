@@ -21,7 +21,17 @@ ROOMS = (
     "generate vision scene explain data"
 ).split()
 COMMAND = ["doctor", "commands", "cli", "__main__"]
-ORDER = [*BASE, "tiles", "kernels", *ROOMS, "models", "compare", "tune", "", *COMMAND]  # "" is the package itself
+ORDER = [
+    *BASE,
+    "tiles",
+    "kernels",
+    *ROOMS,
+    "models",
+    "compare",
+    "tune",
+    "",
+    *COMMAND,
+]  # "" is the package itself
 ENGINES = {"definition", "torch", "native", "triton", "flex", "sdpa"}
 
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -42,7 +42,7 @@ COMPOSED = [
 
 
 def through_text(method):
-    return from_data(json.loads(json.dumps(as_data(method), allow_nan=False)))
+    return from_data(data=json.loads(json.dumps(as_data(method=method), allow_nan=False)))
 
 
 @pytest.mark.parametrize(

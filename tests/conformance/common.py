@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tilewise
 from tilewise.attention import (
+    HISA,
     S2O,
     Dense,
     FlexPrefill,
@@ -33,6 +34,7 @@ from tilewise.attention import (
     SageAttention2,
     SegmentSort,
     SinkWindow,
+    Spark,
     Tiles,
     TopK,
     VerticalSlash,
@@ -58,6 +60,8 @@ METHODS: dict[str, Method] = {
     "sink-window": SinkWindow(sink=3, window=20),
     "xattention": XAttention(stride=4, threshold=0.7, tile=32),
     "quest": Quest(page=8, top_k=4),
+    "hisa": HISA(block=8, blocks=4, top_k=12),
+    "spark": Spark(top_k=12, rank=4),
     "vertical-slash": VerticalSlash(vertical=6, slash=12, tile=16, probe=16, sinks=2, local=4),
     "flexprefill": FlexPrefill(gamma=0.4, tau=0.1, min_budget=16, tile=16),
     "proxy-attn": ProxyAttn(proxies=1, stride=2, threshold=0.5, min_budget=16, tile=16),
@@ -72,6 +76,8 @@ FULL: dict[str, Method] = {
     "sink-window": SinkWindow(sink=3, window=10**6),
     "xattention": XAttention(stride=4, threshold=1.0, tile=32),
     "quest": Quest(page=8, top_k=10**6),
+    "hisa": HISA(block=8, blocks=10**6, top_k=10**6),
+    "spark": Spark(top_k=10**6, rank=4),
     "vertical-slash": VerticalSlash(vertical=6, slash=10**6, tile=16, probe=16, sinks=2, local=4),
     "flexprefill": FlexPrefill(gamma=1.0, tau=0.1, min_budget=16, tile=16),
     "proxy-attn": ProxyAttn(proxies=1, stride=2, threshold=1.0, tile=16),

@@ -15,7 +15,7 @@ N = 80
 # choose for it in the full forward: sink-window reads nothing, MoBA routes every query alone over blocks cut from
 # the first key, XAttention chooses for a tile of queries over tiles cut from the first key (chunks of whole tiles),
 # PrFlashAttention draws for a tile of queries what it drew for it in the prompt.
-DECODES = {name: METHODS[name] for name in ("dense", "sink-window", "moba", "pr-flash")}
+DECODES = {name: METHODS[name] for name in ("dense", "sink-window", "moba", "pr-flash", "hisa", "spark")}
 CHUNKS = {**DECODES, "xattention": METHODS["xattention"]}
 BY_TILES = (METHODS["xattention"], METHODS["pr-flash"])
 

@@ -14,7 +14,7 @@ HEADS = ((2, 2), (4, 2), (8, 2), (7, 1), (8, 1), (1, 1))
 # Methods that choose per query head: repeating K must not change what they choose. The others sort keys once per
 # kv head, from the mean over its query heads, which repetition changes; they are compared with the order given.
 PER_QUERY_HEAD = (
-    "dense", "moba", "pr-flash", "sink-window", "xattention", "quest", "vertical-slash", "flexprefill"
+    "dense", "moba", "pr-flash", "sink-window", "xattention", "quest", "spark", "vertical-slash", "flexprefill"
 )  # fmt: skip
 
 
@@ -80,6 +80,6 @@ def test_sorted_keys_have_one_order_per_kv_head(method):
 def test_every_method_says_how_it_pools_a_group():
     from tests.conformance.common import METHODS
 
-    assert set(METHODS) == {*PER_QUERY_HEAD, "pbs", "proxy-attn", "s2o"}, (
+    assert set(METHODS) == {*PER_QUERY_HEAD, "pbs", "proxy-attn", "s2o", "hisa"}, (
         "say above what equality holds for the new method"
     )

@@ -87,6 +87,8 @@ SHIFT = {
     "xattention": 32,
     "pbs": 32,
     "quest": 32,
+    "hisa": 32,
+    "spark": 5,
     "vertical-slash": 32,
     "flexprefill": 32,
     "proxy-attn": 32,
@@ -108,7 +110,7 @@ def test_sparse_choice_does_not_depend_on_left_padding_by_whole_tiles(name):
     exact(*sequence, grid(alone, 1, 4, 128, 128)).check({"out": out[:, :, shift:]})
 
 
-@pytest.mark.parametrize("name", ["dense", "sink-window", "moba", "xattention", "quest"])
+@pytest.mark.parametrize("name", ["dense", "sink-window", "moba", "xattention", "quest", "hisa", "spark"])
 def test_sparse_choice_does_not_depend_on_right_padding(name):
     length = 128 if name == "xattention" else 119
     (q, k, v), keep, (sequence,) = _padded(False, (41,), lengths=(length,))
@@ -123,7 +125,7 @@ def test_sparse_choice_does_not_depend_on_right_padding(name):
 
 def test_padding_values_never_matter():
     """What stands in the padding changes no real output, bit for bit, for any method that looks no farther."""
-    for name in ("dense", "sink-window", "moba", "xattention", "quest"):
+    for name in ("dense", "sink-window", "moba", "xattention", "quest", "hisa", "spark"):
         for left in (True, False):
             (q, k, v), keep, _ = _padded(left, (32,), lengths=(64,))
             real = keep[0].bool()

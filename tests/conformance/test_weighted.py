@@ -27,13 +27,17 @@ from tilewise.attention import (
     PISA,
     PSA,
     Antidiagonal,
+    Centroid,
     First,
+    HyperAttention,
     MeanPool,
     Method,
     Own,
     Pooled,
+    Sampled,
     Share,
     Tiles,
+    TopK,
     attend,
     named,
 )
@@ -81,6 +85,17 @@ CASES = {
     "llsa": Case(LLSA(4, 2, levels=2), LLSA(4, 10**6, levels=2), unequal=((33, 5), (40, 1), (7, 0))),
 }
 CASES |= {
+    "sampled rest": Case(
+        Tiles(Centroid(), TopK(2), (16, 16), always=(Own(),), rest=Sampled(24)),
+        Tiles(Centroid(), TopK(2), (16, 16), rest=Sampled(10**6)),
+    ),
+    "hyper": Case(
+        HyperAttention(16, 20, least=32),
+        HyperAttention(16, 10**6, least=32),
+        unequal=((33, 5), (7, 0)),
+        compiled=(97,),
+    ),
+    "hyper by halves": Case(HyperAttention(16, 20, least=32, causal=True), None, unequal=(), compiled=(97,)),
     # Left to itself, the number of levels changes with the length, and the graph with it.
     "llsa, levels by length": replace(CASES["llsa"], method=LLSA(4, 2), full=None, compiled=(97,)),
     "llsa, one level": replace(CASES["llsa"], method=LLSA(4, 2, levels=1), full=LLSA(4, 10**6, levels=1)),
@@ -89,6 +104,7 @@ CASES |= {
 }
 # Methods that neither have a name nor stand above, and where they are held to the conventions instead.
 ELSEWHERE = {
+    "VMoBA": "its blocks are bound to a grid: test_vmoba.py against the rule written out",
     "NeighborhoodAttention": "its window is bound to a grid: test_neighborhood.py against the definition",
 }
 each = pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(" ", "-") for name in CASES])
@@ -109,9 +125,9 @@ def test_every_method_is_held_to_the_conventions():
 
 
 def test_what_looks_ahead():
-    """Choices by means look at their tile; with a budget for all of a head, or levels above tiles, at the prompt."""
+    """Choices by means look at their tile; with one budget for a head, or levels above tiles, at the prompt."""
     prompt = {name for name, case in CASES.items() if case.method.lookahead == "prompt"}
-    assert prompt == {name for name in CASES if "llsa" in name or "over heads" in name}
+    assert prompt == {name for name in CASES if any(word in name for word in ("llsa", "over heads", "hyper"))}
     assert {case.method.lookahead for name, case in CASES.items() if name not in prompt} == {"tile"}
 
 

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 import tilewise
 from tests import tiny
 from tilewise.attention import (
+    HISA,
     S2O,
     FlexPrefill,
     MoBA,
@@ -18,6 +19,7 @@ from tilewise.attention import (
     Quest,
     SageAttention2,
     SinkWindow,
+    Spark,
     VerticalSlash,
     XAttention,
     named,
@@ -33,6 +35,8 @@ SMALL = {
     "pr-flash": PrFlashAttention(budget=3, tile=16),
     "proxy-attn": ProxyAttn(1, 2, 0.5, 16, tile=16),
     "quest": Quest(8, 4),
+    "hisa": HISA(8, 4, 12),
+    "spark": Spark(12),
     "s2o": S2O(32, 0.9, 16, 4),
     "vertical-slash": VerticalSlash(6, 12, 16, 16, 2, 4),
     "sage2": SageAttention2(smooth_k=False),  # Gemma caps scores, which smoothing would shift
@@ -42,7 +46,7 @@ SMALL = {
 EXACT = {"moba": MoBA(16, 1000), "pbs": PBSAttention(64, 1.0, 32),
          "pr-flash": PrFlashAttention(budget=1000, tile=16),
          "flexprefill": FlexPrefill(1.0, 0.1, 16, 16), "proxy-attn": ProxyAttn(1, 2, 1.0, tile=16),
-         "quest": Quest(8, 1000), "s2o": S2O(32, 0.0, 16, 4),
+         "quest": Quest(8, 1000), "hisa": HISA(8, 1000, 1000), "spark": Spark(1000), "s2o": S2O(32, 0.0, 16, 4),
          "vertical-slash": VerticalSlash(6, 10**6, 16, 16, 2, 4),
          "sink-window": SinkWindow(4, 10_000),
          "xattention": XAttention(4, 1.0, 32), "dense": tilewise.attention.Dense()}  # fmt: skip

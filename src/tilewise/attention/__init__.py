@@ -16,6 +16,7 @@ from tilewise.attention.latent.shards import TPLA
 from tilewise.attention.latent.transforms import LatentTransform, reparameterize
 from tilewise.attention.local_linear import LocalLinearAttention, local_linear_attention
 from tilewise.attention.method import Method, as_method, named
+from tilewise.attention.native_sparse import BlockMLP, NativeSparseAttention, attend_blocks, loop_costs
 from tilewise.attention.neural_factors import NeuralFactors
 from tilewise.attention.orders import Boxes, Clusters, SegmentSort
 from tilewise.attention.plans import Pass, Plan
@@ -26,6 +27,8 @@ from tilewise.attention.probabilistic.staircase import StaircaseCache
 from tilewise.attention.reads import Lists, Means, Sample
 from tilewise.attention.recipes.dense import Dense
 from tilewise.attention.recipes.flexprefill import FlexPrefill
+from tilewise.attention.recipes.hisa import HISA, Indexer
+from tilewise.attention.recipes.hyper_attention import AngularHashes, HyperAttention
 from tilewise.attention.recipes.llsa import LLSA
 from tilewise.attention.recipes.moba import KeyConvolution, MoBA, router_recall, router_snr
 from tilewise.attention.recipes.neighborhood import NeighborhoodAttention
@@ -38,22 +41,35 @@ from tilewise.attention.recipes.s2o import S2O, skipped_bound
 from tilewise.attention.recipes.sage import SageAttention2, adaptive, output_quality
 from tilewise.attention.recipes.sink_window import SinkWindow
 from tilewise.attention.recipes.sla import SLA, LinearRest
+from tilewise.attention.recipes.spark import Spark, spark_attention
+from tilewise.attention.recipes.spt import SPT
+from tilewise.attention.recipes.squeezed import (
+    SqueezedAttention,
+    SqueezedContext,
+    Thresholds,
+    calibrate_thresholds,
+)
 from tilewise.attention.recipes.vertical_slash import VerticalSlash
+from tilewise.attention.recipes.vmoba import EachQuery, OwnTile, Similarity, VMoBA
 from tilewise.attention.recipes.xattention import XAttention
 from tilewise.attention.rests import Pooled
+from tilewise.attention.sampling import Sampled
 from tilewise.attention.scores import Antidiagonal, Centroid, MeanPool, PageBounds, RandomTiles, TrueMass
 from tilewise.attention.selects import Edges, First, Mass, Own, Share, TopK
 from tilewise.attention.stages import Arrangement, AsGiven, Chosen, Layout, Recipe, Skip, Tiles
+from tilewise.attention.statistical import StatisticalTopK
 from tilewise.attention.tensor import TensorAttention, tensor_attention
 from tilewise.attention.unified_max import FlatProducts, UnifiedMax, decode, measure_flat
 from tilewise.attention.written import as_data, from_data
 
 __all__ = [
+    "AngularHashes",
     "Antidiagonal",
     "Arrangement",
     "AsGiven",
     "AttentionResiduals",
     "BlockDistances",
+    "BlockMLP",
     "BlockRank",
     "Boxes",
     "Centroid",
@@ -62,13 +78,17 @@ __all__ = [
     "Compression",
     "Dense",
     "DescriptorAttention",
+    "EachQuery",
     "Edges",
     "Explanation",
     "First",
     "FlashBlock",
     "FlatProducts",
     "FlexPrefill",
+    "HISA",
     "HarmonicPositions",
+    "HyperAttention",
+    "Indexer",
     "KernelizedRPE",
     "KeyConvolution",
     "LLSA",
@@ -86,9 +106,11 @@ __all__ = [
     "Method",
     "MoBA",
     "MomentPool",
+    "NativeSparseAttention",
     "NeighborhoodAttention",
     "NeuralFactors",
     "Own",
+    "OwnTile",
     "PBSAttention",
     "PISA",
     "PSA",
@@ -107,21 +129,30 @@ __all__ = [
     "Recipe",
     "S2O",
     "SLA",
+    "SPT",
     "SageAttention2",
     "Sample",
+    "Sampled",
     "SegmentSort",
     "Shapes",
     "Share",
+    "Similarity",
     "SinkWindow",
     "Skip",
+    "Spark",
+    "SqueezedAttention",
+    "SqueezedContext",
     "StaircaseCache",
+    "StatisticalTopK",
     "TPLA",
     "TensorAttention",
+    "Thresholds",
     "Tiles",
     "TopK",
     "Traffic",
     "TrueMass",
     "UnifiedMax",
+    "VMoBA",
     "VerticalSlash",
     "XAttention",
     "accuracy",
@@ -130,8 +161,10 @@ __all__ = [
     "as_data",
     "as_method",
     "attend",
+    "attend_blocks",
     "attend_tiles",
     "best_height",
+    "calibrate_thresholds",
     "context_parallel_attend",
     "decode",
     "explain",
@@ -139,6 +172,7 @@ __all__ = [
     "io_cost",
     "kernelized_rpe",
     "local_linear_attention",
+    "loop_costs",
     "lower_bound",
     "measure_flat",
     "named",
@@ -151,6 +185,7 @@ __all__ = [
     "router_snr",
     "simulate",
     "skipped_bound",
+    "spark_attention",
     "tensor_attention",
     "tiling_cost",
 ]
