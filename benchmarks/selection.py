@@ -16,27 +16,35 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 import harness
 import torch
+from torch import Tensor
 
 from tilewise.attention import (
     PISA,
     PSA,
+    SVG2,
+    SVGEAR,
+    AdaSpa,
     Boxes,
     First,
+    FPSAttention,
+    Mass,
     MeanPool,
     Method,
     Own,
+    Plan,
     Pooled,
     RandomTiles,
     Share,
     Skip,
     Tiles,
     TrueMass,
+    VMoBA,
     plan,
 )
 from tilewise.attention.reads import Means
@@ -44,6 +52,7 @@ from tilewise.data import passkey
 from tilewise.data.shapes import moving_shapes
 from tilewise.models import bundled_model, capture, load_model
 from tilewise.models.video import capture_video, load_video
+from tilewise.tiles import Visibility
 from tilewise.tune import Sample, Settings, explore, measure, published
 
 LENGTH = 8192
@@ -75,8 +84,29 @@ def for_text() -> dict[str, list[Setting]]:
     return {**limits(True), **named, "pisa": pisa}
 
 
-def for_video() -> dict[str, list[Setting]]:
-    """The same for a clip, whose attention is not causal."""
+@dataclass(frozen=True)
+class Kept(Method):
+    """What a method for samplers chose at an earlier step: nothing is left to choose."""
+
+    made: Plan
+
+    def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
+        return self.made
+
+
+def adaptive(earlier: Mapping[int, Sample], share: float) -> Setting:
+    """AdaSpa's tiles, searched in a step before this one."""
+
+    def setting(layer: int, sample: Sample) -> Method:
+        seen = earlier[layer]
+        return Kept(AdaSpa(share, search=(0,), order=Boxes(GRID, BOX)).find(seen.q, seen.k, seen.lse))
+
+    return setting
+
+
+def for_video(earlier: Mapping[int, Sample]) -> dict[str, list[Setting]]:
+    """The same for a clip, whose attention is not causal. `earlier` is the same clip at an earlier time."""
+    clusters = [SVG2(queries=32, keys=64, threshold=share, least=0.03) for share in (0.2, 0.4, 0.6, 0.8, 0.9)]
     psa = [
         everywhere(
             PSA(((1, part), (2, part + 0.1), (4, part + 0.2), (8, part + 0.3)), order=Boxes(GRID, BOX))
@@ -89,6 +119,17 @@ def for_video() -> dict[str, list[Setting]]:
         "mean-pool + pooled rest": tiles(MeanPool(), False, Pooled()),
         "pisa": [everywhere(PISA(share, order=Boxes(GRID, BOX))) for share in SHARES],
         "psa": psa,
+        "svg2": [everywhere(method) for method in clusters],
+        "svg-ear": [lambda layer, sample, m=m: SVGEAR(m, values=sample.v) for m in clusters],
+        "ada-spa": [adaptive(earlier, share) for share in SHARES],
+        "vmoba": [
+            lambda layer, sample, part=part: VMoBA(GRID, layer, select=Mass(part, over="head"))
+            for part in (0.1, 0.2, 0.3, 0.45, 0.6)
+        ],
+        "fps": [
+            everywhere(FPSAttention(GRID, BOX, window))
+            for window in ((1, 1, 1), (2, 2, 1), (3, 3, 1), (3, 2, 2), (3, 3, 2))
+        ],
     }
 
 
@@ -104,12 +145,12 @@ def text_samples(length: int) -> dict[str, dict[int, Sample]]:
     return found
 
 
-def video_samples() -> dict[str, dict[int, Sample]]:
-    """Every layer of the video model, at half of the flow time of one clip that was not trained on."""
+def video_samples(t: float) -> dict[int, Sample]:
+    """Every layer of the video model, at flow time `t` of one clip that was not trained on."""
     clip = moving_shapes(1, seed=0).pixels
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
-    seen = capture_video(load_video(), (clip + noise) / 2, 0.5)
-    return {"video": {layer: Sample.of(*qkv, mask=None) for layer, qkv in seen.items()}}
+    seen = capture_video(load_video(), t * clip + (1 - t) * noise, t)
+    return {layer: Sample.of(*qkv, mask=None) for layer, qkv in seen.items()}
 
 
 def tuned(seconds: float) -> list[Setting]:
@@ -171,10 +212,12 @@ def main() -> int:
     rows = []
     with torch.no_grad():
         searched = {"tuned": tuned(options.tune)} if options.tune else {}
-        for name, layers in {**text_samples(length), **video_samples()}.items():
+        sweeps = {name: (layers, for_text() | searched) for name, layers in text_samples(length).items()}
+        sweeps["video"] = (video_samples(0.5), for_video(video_samples(0.45)))
+        for name, (layers, methods) in sweeps.items():
             if options.inputs is not None and name not in options.inputs:
                 continue
-            for method, settings in (for_video() if name == "video" else for_text() | searched).items():
+            for method, settings in methods.items():
                 if options.methods is not None and method not in options.methods:
                     continue
                 for setting in settings:

@@ -543,7 +543,12 @@ def test_parse_method():
 def test_all_is_every_name_once_and_dense_first():
     chosen = Settings(methods=("moba:top_k=2", "all", "moba")).configured()
     assert next(iter(chosen)) == "dense"
-    assert set(chosen) == {"moba:top_k=2", *named()}
+    assert set(chosen) == {"moba:top_k=2", "seer-attention", *named()}
+    assert set(Settings(model="other", methods=("all",)).configured()) == set(named())
+    with pytest.raises(UserError, match="seer-attention needs gates trained for this model"):
+        Settings(model="other", methods=("seer-attention",)).configured()
+    gates = Settings(methods=("seer-attention",)).configured()["seer-attention"]
+    assert gates.needs == "trained gates" and gates.parameters()["0"] == "SeerAttention"
     assert set(Settings().methods) < set(named())
 
 

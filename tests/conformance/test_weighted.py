@@ -104,6 +104,10 @@ CASES |= {
 }
 # Methods that neither have a name nor stand above, and where they are held to the conventions instead.
 ELSEWHERE = {
+    "SeerAttention": "it needs a gate for these very heads: test_seer_attention.py",
+    "DHSA": "its chunks come from a trained predictor: test_dhsa.py",
+    "ChunkLLM": "it needs trained adapters: test_chunk_llm.py",
+    "SqueezedAttention": "it needs a context of these very keys: test_squeezed.py",
     "VMoBA": "its blocks are bound to a grid: test_vmoba.py against the rule written out",
     "NeighborhoodAttention": "its window is bound to a grid: test_neighborhood.py against the definition",
 }

@@ -25,7 +25,9 @@ from tilewise.attention.probabilistic.block_distances import BlockDistances, PrF
 from tilewise.attention.probabilistic.harmonic import HarmonicPositions
 from tilewise.attention.probabilistic.staircase import StaircaseCache
 from tilewise.attention.reads import Lists, Means, Sample
+from tilewise.attention.recipes.chunk_llm import ChunkLLM
 from tilewise.attention.recipes.dense import Dense
+from tilewise.attention.recipes.dhsa import DHSA
 from tilewise.attention.recipes.flexprefill import FlexPrefill
 from tilewise.attention.recipes.hisa import HISA, Indexer
 from tilewise.attention.recipes.hyper_attention import AngularHashes, HyperAttention
@@ -39,6 +41,7 @@ from tilewise.attention.recipes.psa import PSA, Pyramid
 from tilewise.attention.recipes.quest import Quest
 from tilewise.attention.recipes.s2o import S2O, skipped_bound
 from tilewise.attention.recipes.sage import SageAttention2, adaptive, output_quality
+from tilewise.attention.recipes.seer_attention import SeerAttention
 from tilewise.attention.recipes.sink_window import SinkWindow
 from tilewise.attention.recipes.sla import SLA, LinearRest
 from tilewise.attention.recipes.spark import Spark, spark_attention
@@ -74,8 +77,10 @@ __all__ = [
     "Boxes",
     "Centroid",
     "Chosen",
+    "ChunkLLM",
     "Clusters",
     "Compression",
+    "DHSA",
     "Dense",
     "DescriptorAttention",
     "EachQuery",
@@ -133,6 +138,7 @@ __all__ = [
     "SageAttention2",
     "Sample",
     "Sampled",
+    "SeerAttention",
     "SegmentSort",
     "Shapes",
     "Share",

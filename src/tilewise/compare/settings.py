@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tilewise import papers
 from tilewise.attention import Method, as_method, named
 from tilewise.attention.written import check_plans
 from tilewise.errors import UserError
+from tilewise.models.gates import load_gates
 from tilewise.models.recipes import ModelRecipe, is_recipe, read_recipe
 
 TASKS = ("perplexity", "recall", "passkey")
 METHODS = ("sage2", "sink-window", "moba", "xattention", "pbs", "flexprefill")  # what runs when nobody says
 ALL = "all"
+GATED = "seer-attention"  # no name as a method: it needs gates, which only the bundled model brings
 Choice = Method | ModelRecipe
 
 
@@ -28,7 +31,8 @@ class Settings:
         model: a directory, a hub id, or None for the bundled model. text: a file, or None for the bundled sample.
         tokens: tokens of the text to run on; None is the model's context, at most 8,192.
         methods: names, each with settings if wanted ("moba:block=64:top_k=4"), or recipe files that
-            `tilewise tune` wrote; "all" stands for every name. dense always runs first.
+            `tilewise tune` wrote; "all" stands for every name, and
+            for the gates that come with the bundled model. dense always runs first.
         device, dtype: where and how the model is held. tasks: of TASKS.
         out, json: the page and the file to write; None writes none. seed: of tasks and everything random.
         repeats: timed rounds per method, after one that is not timed.
@@ -64,11 +68,25 @@ class Settings:
         for text in self.methods:
             if text == ALL:
                 chosen |= {name: as_method(name) for name in named() if name not in chosen}
+                if self.model is None:
+                    chosen[GATED] = gated()
+            elif text == GATED:
+                if self.model is not None:
+                    raise UserError(
+                        f"{GATED} needs gates trained for this model; those at hand are the bundled model's"
+                    )
+                chosen[GATED] = gated()
             elif is_recipe(text):
                 chosen[Path(text).stem] = read_recipe(text)
             else:
                 chosen[text] = parse_method(text)
         return chosen
+
+
+def gated() -> ModelRecipe:
+    """SeerAttention by the bundled model's own gates, eight tiles of 64 in each row."""
+    methods = load_gates().methods(papers.resolve(papers.find(GATED)), top_k=8)
+    return ModelRecipe(max(methods) + 1, methods)
 
 
 def parse_method(text: str) -> Method:

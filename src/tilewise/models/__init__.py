@@ -1,6 +1,7 @@
 """Pretrained Hugging Face models: loading them safely, and swapping their attention in and out."""
 
 from tilewise.models.capturing import capture, logit_quality
+from tilewise.models.gates import load_gates, save_gates
 from tilewise.models.load import bundled_model, load_model
 from tilewise.models.patching import Event, patch
 from tilewise.models.recipes import ModelRecipe, read_recipe
@@ -11,9 +12,11 @@ __all__ = [
     "ModelRecipe",
     "bundled_model",
     "capture",
+    "load_gates",
     "load_model",
     "logit_quality",
     "patch",
     "read_recipe",
     "register",
+    "save_gates",
 ]

@@ -35,7 +35,6 @@ class ModelRecipe:
     methods: Mapping[int, Method]
     about: Mapping[str, Any] = field(default_factory=dict)
     name: ClassVar[str] = ""
-    needs: ClassVar[str] = "the search of `tilewise tune`"
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 1:
@@ -56,13 +55,19 @@ class ModelRecipe:
         return "; ".join(dict.fromkeys(method.reads for method in self.methods.values())) or "nothing"
 
     @property
+    def needs(self) -> str:
+        """What its methods need; those that need nothing have been searched for."""
+        wanted = dict.fromkeys(m.needs for m in self.methods.values() if m.needs != "nothing")
+        return "; ".join(wanted) or "a search"
+
+    @property
     def lookahead(self) -> str:
         """The farthest look of its methods."""
         return max((m.lookahead for m in self.methods.values()), key=LOOKAHEADS.index, default="none")
 
     def parameters(self) -> dict[str, Any]:
-        """The methods as plain data, for reports."""
-        return {str(layer): as_data(method) for layer, method in sorted(self.methods.items())}
+        """The methods, for reports: as plain data where they can be written, else in words."""
+        return {str(layer): _shown(method) for layer, method in sorted(self.methods.items())}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all. Raises TypeError for methods that hold trained weights."""
@@ -70,10 +75,17 @@ class ModelRecipe:
             "tilewise": __version__,
             "format": FORMAT,
             "layers": self.layers,
-            "methods": self.parameters(),
+            "methods": {str(layer): as_data(method) for layer, method in sorted(self.methods.items())},
             "about": dict(self.about),
         }
         write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", path)
+
+
+def _shown(method: Method) -> Any:
+    try:
+        return as_data(method)
+    except TypeError:  # it holds trained weights
+        return type(method).__name__
 
 
 def read_recipe(path: str | os.PathLike[str]) -> ModelRecipe:

@@ -28,7 +28,7 @@ THRESHOLDS = (0.2, 0.4, 0.6, 0.8, 0.9)
 BUDGETS: dict[str, tuple[dict[str, Any], ...]] = {
     "dense": ({},),
     "flexprefill": tuple({"gamma": value, "min_budget": 128} for value in (0.5, 0.7, 0.8, 0.9, 0.95)),
-    "hisa": tuple({"top_k": value, "blocks": max(4, value // 32)} for value in (128, 256, 512, 1024, 2048)),
+    "hisa": tuple({"top_k": value, "blocks": max(4, value // 16)} for value in (64, 128, 256, 512)),
     "moba": tuple({"top_k": value} for value in (2, 4, 8, 16, 24)),
     "pbs": tuple({"threshold": value} for value in THRESHOLDS),
     "pr-flash": tuple({"budget": value} for value in (2, 4, 8, 16, 32)),
@@ -37,7 +37,7 @@ BUDGETS: dict[str, tuple[dict[str, Any], ...]] = {
     "s2o": tuple({"threshold": value} for value in (0.9, 0.7, 0.4, 0.2, 0.1)),
     "sage2": ({},),
     "sink-window": tuple({"window": value} for value in (256, 512, 1024, 2048, 4096)),
-    "spark": tuple({"top_k": value} for value in (128, 256, 512, 1024, 2048)),
+    "spark": tuple({"top_k": value} for value in (64, 128, 256, 512)),
     "vertical-slash": tuple(
         {"vertical": value // 4, "slash": value} for value in (256, 512, 1024, 2048, 4096)
     ),

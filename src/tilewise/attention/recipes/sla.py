@@ -97,8 +97,8 @@ class LinearRest(Skip):
     """Rest: tiles that were not chosen give linear attention, added outside the softmax, but for the least of them.
 
     Args:
-        negligible: share of a row's visible tiles, those of the lowest scores, that give nothing, in [0, 1); rounded
-            down, and only tiles that were not chosen.
+        negligible: share of a row's visible tiles, those of the lowest scores, that give nothing, in [0, 1);
+            rounded down, and only tiles that were not chosen.
         feature, project: see `LinearTiles`. value_dim: D_v, to count the work.
     """
 

@@ -236,6 +236,7 @@ class SqueezedAttention(Method):
     thresholds: Thresholds
     modes = ("train", "chunked prefill", "decode")
     reads = "q, centroids of k"
+    needs = "clusters of a fixed context"
 
     def __post_init__(self) -> None:
         if not isinstance(self.context, SqueezedContext):
