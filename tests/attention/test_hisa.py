@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.attention.test_pisa import MASKS, N, captured, error
+from tests.attention.compared import captured
 from tests.conformance.common import exact, grid, qkv, with_grads
+from tests.conformance.weighted import MASKS, N, error
 from tilewise.attention import Plan, attend, plan
 from tilewise.attention.recipes.hisa import HISA, Index, Indexer
 from tilewise.tiles import Causal, Padding, TokenMask, Window

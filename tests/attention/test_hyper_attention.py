@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.attention.test_pisa import captured, error
+from tests.attention.compared import captured
 from tests.attention.test_sampling import explicit, log_weights
 from tests.conformance.common import ENGINES, over_budget, qkv, run_or_refuse
+from tests.conformance.weighted import error
 from tilewise.attention import Plan, attend, plan
 from tilewise.attention.recipes.hyper_attention import AngularHashes, HyperAttention
 from tilewise.attention.sampling import Sampled

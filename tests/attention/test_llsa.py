@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.attention.test_pisa import (
-    MASKS,
-    N,
-    captured,
-    check_plan,
-    error,
-)
+from tests.attention.compared import captured
 from tests.attention.video_like import video_qkv
 from tests.conformance.common import qkv
+from tests.conformance.weighted import MASKS, N, check_plan, error
 from tilewise.attention import Boxes, Centroid, Skip, Tiles, TopK, attend, plan
 from tilewise.attention.recipes.llsa import LLSA
 from tilewise.attention.recipes.pisa import Edges

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.attention.compared import captured, least_share
+from tests.conformance.common import qkv
 from tests.conformance.weighted import (
     MASKS,
     N,
-    check_compiles,
-    check_dtypes,
     check_full,
-    check_future,
-    check_lengths,
     check_plan,
     error,
-    explicit,
 )  # noqa
-from tests.conformance.common import qkv
 from tilewise.attention import (
     Boxes,
     Layout,

@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.test_pisa import (
-    MASKS,
-    N,
-    captured,
-    check_plan,
-    error,
-    explicit,
-    least_share,
-)
+from tests.attention.compared import captured, least_share
 from tests.attention.video_like import video_qkv
 from tests.conformance.common import qkv
+from tests.conformance.weighted import MASKS, N, check_plan, error, explicit
 from tilewise.attention import (
     Antidiagonal,
     Boxes,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.attention.test_pisa import MASKS, N, check_compiles, check_full, check_future, error
 from tests.conformance.common import ENGINES, naive, over_budget, qkv, repeat, run_or_refuse, tile_of
+from tests.conformance.weighted import MASKS, N, check_compiles, check_full, check_future, error
 from tilewise.attention import Boxes, Layout, MeanPool, Plan, Skip, attend, plan
 from tilewise.attention.recipes.sla import SLA, LinearRest, LinearTiles
 from tilewise.tiles import FULL, NONE, PARTIAL, Causal, Padding, Tiling

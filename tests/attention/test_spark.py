@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from tests.attention.test_pisa import MASKS, N, captured, error
+from tests.attention.compared import captured
 from tests.conformance.common import exact, grid, qkv, repeat, with_grads
+from tests.conformance.weighted import MASKS, N, error
 from tilewise.attention import Centroid, Own, Tiles, attend, plan
 from tilewise.attention.recipes.spark import Spark, spark_attention
 from tilewise.attention.statistical import StatisticalTopK

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tilewise
-from tests.attention.test_pisa import MASKS, N, captured, error
+from tests.attention.compared import captured
 from tests.conformance.common import exact, grid, qkv, repeat, with_grads
 from tests.conformance.test_memory import allocations
+from tests.conformance.weighted import MASKS, N, error
 from tilewise.attention import Method, Plan, attend, plan
 from tilewise.attention.recipes.spt import SPT, encode
 from tilewise.attention.token_choice import lists_plan

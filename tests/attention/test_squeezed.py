@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.test_pisa import captured, error
+from tests.attention.compared import captured
 from tests.conformance.common import ENGINES, exact, grid, qkv, repeat, run_or_refuse, with_grads
+from tests.conformance.weighted import error
 from tilewise.attention import PageBounds, Plan, Tiles, TopK, attend, plan
 from tilewise.attention.paged.attend import attend_paged
 from tilewise.attention.paged.pages import Pages

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from tests.attention.test_pisa import check_full
 from tests.attention.video_like import places, video_qkv
 from tests.conformance.common import ENGINES, naive, over_budget, qkv, repeat, run_or_refuse
+from tests.conformance.weighted import check_full
 from tilewise.attention import Clusters, Mass, Share, Tiles, TopK, attend, plan
 from tilewise.attention.recipes.vmoba import EachQuery, OwnTile, Similarity, VMoBA
 from tilewise.data.shapes import moving_shapes

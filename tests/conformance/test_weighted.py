@@ -26,6 +26,8 @@ from tilewise.attention import (
     LLSA,
     PISA,
     PSA,
+    SVG2,
+    SVGEAR,
     Antidiagonal,
     Centroid,
     First,
@@ -95,6 +97,14 @@ CASES |= {
         unequal=((33, 5), (7, 0)),
         compiled=(97,),
     ),
+    "svg2": Case(
+        SVG2(queries=5, keys=7, threshold=0.5, least=0.1, tile=(16, 16), iterations=3),
+        SVG2(queries=5, keys=7, threshold=1.0, tile=(16, 16)),
+    ),
+    "svg-ear": Case(
+        SVGEAR(SVG2(queries=5, keys=7, threshold=0.5, least=0.1, tile=(16, 16), iterations=3)),
+        SVGEAR(SVG2(queries=5, keys=7, threshold=1.0, tile=(16, 16))),
+    ),
     "hyper by halves": Case(HyperAttention(16, 20, least=32, causal=True), None, unequal=(), compiled=(97,)),
     # Left to itself, the number of levels changes with the length, and the graph with it.
     "llsa, levels by length": replace(CASES["llsa"], method=LLSA(4, 2), full=None, compiled=(97,)),
@@ -104,6 +114,7 @@ CASES |= {
 }
 # Methods that neither have a name nor stand above, and where they are held to the conventions instead.
 ELSEWHERE = {
+    "FPSAttention": "it rounds, and its boxes are bound to a grid: test_fps_attention.py",
     "SeerAttention": "it needs a gate for these very heads: test_seer_attention.py",
     "DHSA": "its chunks come from a trained predictor: test_dhsa.py",
     "ChunkLLM": "it needs trained adapters: test_chunk_llm.py",
@@ -131,7 +142,9 @@ def test_every_method_is_held_to_the_conventions():
 def test_what_looks_ahead():
     """Choices by means look at their tile; with one budget for a head, or levels above tiles, at the prompt."""
     prompt = {name for name, case in CASES.items() if case.method.lookahead == "prompt"}
-    assert prompt == {name for name in CASES if any(word in name for word in ("llsa", "over heads", "hyper"))}
+    assert prompt == {
+        name for name in CASES if any(word in name for word in ("llsa", "over heads", "hyper", "svg"))
+    }
     assert {case.method.lookahead for name, case in CASES.items() if name not in prompt} == {"tile"}
 
 

@@ -25,10 +25,12 @@ from tilewise.attention.probabilistic.block_distances import BlockDistances, PrF
 from tilewise.attention.probabilistic.harmonic import HarmonicPositions
 from tilewise.attention.probabilistic.staircase import StaircaseCache
 from tilewise.attention.reads import Lists, Means, Sample
+from tilewise.attention.recipes.ada_spa import AdaSpa
 from tilewise.attention.recipes.chunk_llm import ChunkLLM
 from tilewise.attention.recipes.dense import Dense
 from tilewise.attention.recipes.dhsa import DHSA
 from tilewise.attention.recipes.flexprefill import FlexPrefill
+from tilewise.attention.recipes.fps_attention import FPSAttention, FPSSteps, TileFP8
 from tilewise.attention.recipes.hisa import HISA, Indexer
 from tilewise.attention.recipes.hyper_attention import AngularHashes, HyperAttention
 from tilewise.attention.recipes.llsa import LLSA
@@ -52,6 +54,8 @@ from tilewise.attention.recipes.squeezed import (
     Thresholds,
     calibrate_thresholds,
 )
+from tilewise.attention.recipes.svg2 import SVG2, Alike, Either, OwnKeys, SVG2Steps
+from tilewise.attention.recipes.svg_ear import SVGEAR, MeansError
 from tilewise.attention.recipes.vertical_slash import VerticalSlash
 from tilewise.attention.recipes.vmoba import EachQuery, OwnTile, Similarity, VMoBA
 from tilewise.attention.recipes.xattention import XAttention
@@ -66,6 +70,8 @@ from tilewise.attention.unified_max import FlatProducts, UnifiedMax, decode, mea
 from tilewise.attention.written import as_data, from_data
 
 __all__ = [
+    "AdaSpa",
+    "Alike",
     "AngularHashes",
     "Antidiagonal",
     "Arrangement",
@@ -85,7 +91,10 @@ __all__ = [
     "DescriptorAttention",
     "EachQuery",
     "Edges",
+    "Either",
     "Explanation",
+    "FPSAttention",
+    "FPSSteps",
     "First",
     "FlashBlock",
     "FlatProducts",
@@ -108,6 +117,7 @@ __all__ = [
     "Mass",
     "MeanPool",
     "Means",
+    "MeansError",
     "Method",
     "MoBA",
     "MomentPool",
@@ -115,6 +125,7 @@ __all__ = [
     "NeighborhoodAttention",
     "NeuralFactors",
     "Own",
+    "OwnKeys",
     "OwnTile",
     "PBSAttention",
     "PISA",
@@ -135,6 +146,9 @@ __all__ = [
     "S2O",
     "SLA",
     "SPT",
+    "SVG2",
+    "SVG2Steps",
+    "SVGEAR",
     "SageAttention2",
     "Sample",
     "Sampled",
@@ -153,6 +167,7 @@ __all__ = [
     "TPLA",
     "TensorAttention",
     "Thresholds",
+    "TileFP8",
     "Tiles",
     "TopK",
     "Traffic",

@@ -97,7 +97,9 @@ def _assign(x: Tensor, centres: Tensor) -> Tensor:
     """The nearest centre of each token; of equally near ones the first."""
     b, heads, n, _ = x.shape
     half = centres.square().sum(-1).unsqueeze(2) / 2
-    step = n if torch.compiler.is_compiling() else max(1, AT_ONCE // max(1, b * heads * centres.shape[2]))
+    if torch.compiler.is_compiling():  # a loop over lengths would compile again for each
+        return (half - x @ centres.mT).argmin(-1)
+    step = max(1, AT_ONCE // max(1, b * heads * centres.shape[2]))
     parts = [
         (half - x[:, :, s : s + step] @ centres.mT).argmin(-1) for s in range(0, max(n, 1), max(step, 1))
     ]

@@ -25,10 +25,9 @@ class ChunkAdapters(nn.Module):
     hidden layer to a logit: does a chunk end with this token? Nothing looks ahead.
 
     Args:
-        head_dim, heads, kv_heads: of the layer. width: numbers that queries and keys are compared in. window,
-        hidden:
-            tokens that an end is told from, and numbers in the hidden layer. rotary: as for `BlockGate`. seed: of
-            the weights it starts from.
+        head_dim, heads, kv_heads: of the layer. width: numbers that queries and keys are compared in.
+        window, hidden: tokens that an end is told from, and numbers in the hidden layer.
+        rotary: as for `BlockGate`. seed: of the weights it starts from.
 
     Raises ValueError for other settings, and when called for a layer of other sizes.
     """

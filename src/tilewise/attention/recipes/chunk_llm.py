@@ -24,8 +24,7 @@ class ChunkState:
     Attributes:
         starts: where chunks begin, the running one last. keys: mean features of complete chunks `[1, C, H_kv D]`.
         running: sum of the running chunk's key features `[1, H_kv D]`. recent: features of the last keys, as many
-        as
-            the chunk adapter sees, `[1, W, H_kv D]`. chosen: complete chunks that are read, int64 `[K]`.
+            as the chunk adapter sees, `[1, W, H_kv D]`. chosen: complete chunks that are read, int64 `[K]`.
         refreshes: how often a choice was made.
     """
 

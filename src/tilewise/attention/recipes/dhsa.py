@@ -38,13 +38,11 @@ class DHSA(Method):
     Args:
         predictor: of the layer; None cuts all chunks to `length`, the control.
         budget: tokens that a block of queries reads, as far as it sees so many. length: mean length of a chunk: of
-        the
-            boundaries the N / length best are taken. gap: least length of a chunk. longest: None is 4 `length`.
+            the boundaries the N / length best are taken. gap: least length of a chunk. longest: None is 4 `length`.
         grain: tokens that are read together. block: queries that choose together. local: tokens before a block's
         first query that are always read.
         norm: "sqrt" of the length, "mean" or "sum" for comparison. shared: all heads read alike; False lets each
-        query
-            head choose for itself, among the same chunks.
+            query head choose for itself, among the same chunks.
 
     Raises ValueError for other settings, and when the layer's sizes are not the predictor's.
     """

@@ -158,8 +158,7 @@ class PSA(Recipe):
         by: what bounds are shares of: the row's estimated "mass" (the paper's thresholds) or its "share" of tiles
             (its fixed quotas).
         alike: the paper's similarity rule: for each level but the first the least mean cosine of the keys at the
-        two
-            ends of its runs, (0.7, 0.65, 0.6) in the authors' settings for video; None applies none.
+            two ends of its runs, (0.7, 0.65, 0.6) in the authors' settings for video; None applies none.
         tile: (queries, keys) per tile; keys a multiple of every level, unless `order` cuts uneven tiles.
         score: estimates a tile's mass. always: tiles read exactly whatever their score.
         order: which tokens share a tile; for a video `Boxes(grid, box)`, where runs follow the last axis.
