@@ -4,7 +4,7 @@
 
 For each method over a sweep of its budget, in every layer: the share of attention mass it reads token by token, the
 relative error of its output, its density, and the time to choose and to attend, against dense attention on the
-same engine. Inputs: 8,192 bytes of real text, as many with a pass key in them, and a clip of 2,048 tokens half way
+same engine. Inputs: 4,096 bytes of real text, as many with a pass key in them, and a clip of 2,048 tokens half way
 through the video model's sampling. "oracle" chooses tiles by their true mass, which costs as much as dense
 attention: the upper limit of any choice of whole tiles. "random" is the lower. "tuned" is what `tilewise tune`
 finds for density on the end of the text, measured here on its beginning. tools/figures.py draws the result as
@@ -55,7 +55,7 @@ from tilewise.models.video import capture_video, load_video
 from tilewise.tiles import Visibility
 from tilewise.tune import Sample, Settings, explore, measure, published
 
-LENGTH = 8192
+LENGTH = 4096
 SKIP = Skip()
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)
 GRID, BOX = (8, 16, 16), (2, 4, 8)  # of the video's tokens, and of a tile of 64 of them
@@ -155,7 +155,7 @@ def video_samples(t: float) -> dict[int, Sample]:
 
 def tuned(seconds: float) -> list[Setting]:
     """What the search finds for these densities, layer by layer, on the end of the bundled text."""
-    board = explore(Settings(cost="density", judge="output", seconds=seconds))
+    board = explore(Settings(tokens=LENGTH, cost="density", judge="output", seconds=seconds))
     found: list[Setting] = []
     for budget in SHARES:
         try:
@@ -167,9 +167,8 @@ def tuned(seconds: float) -> list[Setting]:
     return found
 
 
-def recall(method: Method, sample: Sample) -> float:
+def recall(made: Plan, sample: Sample) -> float:
     """Mean share of a query's attention mass that is read token by token."""
-    made = plan(method, sample.q, sample.k, mask=sample.mask)
     exact = tuple(part for part in made.passes if not isinstance(part.reads, Means))
     if not exact:
         return 0.0
@@ -183,9 +182,9 @@ def row(setting: Setting, layers: Mapping[int, Sample]) -> dict[str, float]:
     """One setting over all layers: sums of times, means of the rest."""
     found = []
     for layer, sample in layers.items():
-        method = setting(layer, sample)
-        got = measure(method, sample, repeats=2)
-        found.append((got.density, recall(method, sample), got.error, got.choose, got.attend))
+        made = plan(setting(layer, sample), sample.q, sample.k, mask=sample.mask)
+        got = measure(made, sample, repeats=2)
+        found.append((got.density, recall(made, sample), got.error, got.choose, got.attend))
     density, kept, error, choose, spent = torch.tensor(found, dtype=torch.float64).unbind(1)
     dense = sum(sample.seconds for sample in layers.values())
     return {

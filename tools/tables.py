@@ -1,14 +1,16 @@
 """Writes the generated tables into README.md and docs/*.md, between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
-`compare-eighth` from a run with every method set to read about an eighth of the tiles; `bench-attention` from
-benchmarks/results, as do `precision` and `adaptive`; `video` from what training/train_video.py measured; `counts`
-from the package itself. With --check nothing is written: exit code 1 names the pages that are out of date.
+`compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
+the tiles; `bench-attention` from benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from
+what training/train_video.py measured; `counts` from the package itself. With --check nothing is written: exit code
+1 names the pages that are out of date.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -90,6 +92,48 @@ def precision_tables(path: Path) -> tuple[str, str]:
     return rows(head, body), rows(["setting", "layers in int8", "mean KL from the exact model"], models)
 
 
+DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
+
+
+def selection_tables(path: Path) -> str:
+    """What benchmarks/selection.py measured, for each input: every method's error at these densities, and time."""
+    if not path.exists():
+        return "*No run is recorded yet.*"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    parts = []
+    for name in dict.fromkeys(row["input"] for row in run["rows"]):
+        mine = [row for row in run["rows"] if row["input"] == name]
+        body = []
+        for method in dict.fromkeys(row["method"] for row in mine):
+            points = sorted(
+                (row["density"], row["error"], 1 / row["speedup"]) for row in mine if row["method"] == method
+            )
+            errors = [between(points, density, 1) for density in DENSITIES]
+            time = between(points, 0.2, 2)
+            body.append([f"`{method}`", *("–" if x is None else f"{x:.3f}" for x in errors)])
+            body[-1].append("–" if time is None else f"{time:.2f}")
+        head = [name, *(f"{density:.0%}" for density in DENSITIES), "time at 20%"]
+        order = sorted(body, key=lambda row: next((float(x) for x in row[3:4] if x != "–"), 9))
+        parts.append(rows(head, order))
+    machine = run["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    return (
+        "\n\n".join(parts)
+        + f"\n\nRelative error of attention's output at these densities, between measured settings"
+        f" on a straight line of logarithms, means over layers; and time to choose and attend over that of dense"
+        f" attention. {run['tokens']:,} bytes of text, {where}, {run['created'][:10]}."
+    )
+
+
+def between(points: Sequence[tuple[float, ...]], at: float, which: int) -> float | None:
+    """Entry `which` of points (density, ...) in rising order at a density, None outside of what was measured."""
+    for low, high in zip(points, points[1:]):
+        if low[0] <= at <= high[0] and high[0] > low[0] and min(low[which], high[which]) > 0:
+            share = math.log(at / low[0]) / math.log(high[0] / low[0])
+            return float(math.exp((1 - share) * math.log(low[which]) + share * math.log(high[which])))
+    return None
+
+
 def video_tables(path: Path) -> str:
     """What the bundled video model does on held-out clips, and how much of them its heads need."""
     run = json.loads(path.read_text(encoding="utf-8"))
@@ -167,8 +211,10 @@ def main(arguments: Sequence[str]) -> int:
         "papers": papers_table(),
         "compare": compare_table(),
         "compare-eighth": eighth,
+        "compare-all": compare_table(ROOT / "docs/results/compare-all.json"),
         "bench-attention": bench,
         "counts": counts(),
+        "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),
         "video": video_tables(ROOT / "training/video_results.json"),
     }
     stale = []

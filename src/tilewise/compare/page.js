@@ -73,13 +73,14 @@ const tasks = [...new Set(methods.flatMap(m => Object.keys(m.tasks ?? {})))];
 const field = (key, label, unit, group, more) => ({key, label, unit, group, value: m => m[key], format: number, ...more});
 const lower = {better: -1, tolerance: 0.02};
 const spread = key => ({range: m => [m[key + "_low"], m[key + "_high"]]});
+const some = names => (names.slice(0, 2).join(", ") || "none") + (names.length > 2 ? ` and ${names.length - 2} more` : "");
 const ranking = result.ranking ?? [], place = m => ranking.findIndex(entry => entry.method === m.method);
 const columns = [
   field("method", "method", "", "", {words: true, name: true}),
   ...(ranking.length ? [
     field("rank", "rank", "", "Rank", {format: String, value: m => (place(m) < 0 ? null : place(m) + 1)}),
-    field("outdone_by", "outdone by", "", "Rank", {words: true, long: true,
-      value: m => (place(m) < 0 ? null : ranking[place(m)].outdone_by.join(", ") || "none")})] : []),
+    field("outdone_by", "outdone by", "", "Rank", {words: true, value: m => (place(m) < 0 ? null
+      : some(ranking[place(m)].outdone_by))})] : []),
   field("engine", "engine", "", "What ran", {words: true}),
   field("density", "density", "% of tiles", "What ran", {format: percent3}),
   field("prefill_ms", "prefill", "ms", "Time", {...lower, ...spread("prefill_ms")}),
