@@ -117,7 +117,7 @@ def test_products_counted():
 
 @pytest.mark.evidence
 def test_time_to_choose():
-    """In one process, at 8,192 tokens and 8 indexer heads: less than two thirds of the time (a quarter to a half was
+    """In one process, at 8,192 tokens and 8 indexer heads: less than two thirds of the time (a quarter to half was
     measured), the shorter of two runs each, the first of which warms up."""
     n, method = 8192, HISA(block=32, blocks=16, top_k=64)
     index = _topics(n, heads=8)
