@@ -2,9 +2,10 @@
 
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
-the tiles; `bench-attention` from benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from
-what training/train_video.py measured; `counts` from the package itself. With --check nothing is written: exit code
-1 names the pages that are out of date.
+the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
+`bench-attention` from benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from what
+training/train_video.py measured; `counts` from the package itself. With --check nothing is written: exit code 1
+names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ def main(arguments: Sequence[str]) -> int:
         "papers": papers_table(),
         "compare": compare_table(),
         "compare-eighth": eighth,
+        "compare-tuned": compare_table(ROOT / "docs/results/compare-tuned.json"),
         "compare-all": compare_table(ROOT / "docs/results/compare-all.json"),
         "bench-attention": bench,
         "counts": counts(),
