@@ -5,7 +5,7 @@
 For each method over a sweep of its budget, in every layer: the share of attention mass it reads token by token, the
 relative error of its output, its density, and the time to choose and to attend, against dense attention on the
 same engine. Inputs: 4,096 bytes of real text, as many with a pass key in them, and a clip of 2,048 tokens half way
-through the video model's sampling. "oracle" chooses tiles by their true mass, which costs as much as dense
+through the video model's sampling. "oracle" chooses tiles by their true mass, which costs more than dense
 attention: the upper limit of any choice of whole tiles. "random" is the lower. "tuned" is what `tilewise tune`
 finds for density on the end of the text, measured here on its beginning. tools/figures.py draws the result as
 docs/images/selection.svg.

@@ -167,10 +167,9 @@ def test_groups(case, heads):
     check_plan(case.method, "causal", *heads)
 
 
-@each
-def test_set_to_compute_everything_it_is_dense(case):
-    if case.full is not None:
-        check_full(case.full)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.full is not None])
+def test_set_to_compute_everything_it_is_dense(name):
+    check_full(CASES[name].full)
 
 
 @each

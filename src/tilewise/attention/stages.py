@@ -51,6 +51,14 @@ class Layout:
     k_order: Tensor | None = None
     given: Visibility | None = None
 
+    @classmethod
+    def arranged(cls, at: Arrangement, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Layout:
+        """Queries, keys and what they see, all in the tokens' own order, put in that of an arrangement."""
+        return cls(
+            take(q, at.q_order), take(k, at.k_order), view.permute(at.q_order, at.k_order), at.q_tiling,
+            at.k_tiling, scale, at.q_order, at.k_order, view,
+        )  # fmt: skip
+
     @property
     def heads(self) -> int:
         return self.q.shape[1]
@@ -187,11 +195,7 @@ class Tiles(Method):
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         at = self.order.arrange(q, k, view, scale, self.tile)
-        ordered = view.permute(at.q_order, at.k_order)
-        layout = Layout(
-            take(q, at.q_order), take(k, at.k_order), ordered, at.q_tiling, at.k_tiling, scale,
-            at.q_order, at.k_order, view,
-        )  # fmt: skip
+        layout = Layout.arranged(at, q, k, view, scale)
         kinds = layout.kinds()
         visible = kinds != NONE
         forced = visible & False

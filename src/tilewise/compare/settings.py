@@ -31,8 +31,8 @@ class Settings:
         model: a directory, a hub id, or None for the bundled model. text: a file, or None for the bundled sample.
         tokens: tokens of the text to run on; None is the model's context, at most 8,192.
         methods: names, each with settings if wanted ("moba:block=64:top_k=4"), or recipe files that
-            `tilewise tune` wrote; "all" stands for every name, and
-            for the gates that come with the bundled model. dense always runs first.
+            `tilewise tune` wrote; "all" stands for every name, and for the gates that come with the bundled model.
+            dense always runs first.
         device, dtype: where and how the model is held. tasks: of TASKS.
         out, json: the page and the file to write; None writes none. seed: of tasks and everything random.
         repeats: timed rounds per method, after one that is not timed.

@@ -138,10 +138,7 @@ class AdaSpa:
         scale = q.shape[3] ** -0.5
         view = Everything().bind(q.shape[2], k.shape[2], device=q.device)
         at = self.order.arrange(q, k, view, scale, (self.tile, self.tile))
-        layout = Layout(
-            take(q, at.q_order), take(k, at.k_order), view.permute(at.q_order, at.k_order), at.q_tiling,
-            at.k_tiling, scale, at.q_order, at.k_order, view,
-        )  # fmt: skip
+        layout = Layout.arranged(at, q, k, view, scale)
         self.searched += 1
         mass = block_mass(layout, take(lse, at.q_order))
         keep = self._choose(mass, self._text(layout))

@@ -10,9 +10,9 @@ from torch import Tensor
 from tilewise.attention.method import Method
 from tilewise.attention.plans import Pass, Plan
 from tilewise.attention.sampling import WORD, Sampled
-from tilewise.attention.stages import Chosen, Layout
+from tilewise.attention.stages import Arrangement, Chosen, Layout
 from tilewise.tiles import NONE, TileMap, Tiling, Visibility
-from tilewise.tiles.visibility import take, to_heads
+from tilewise.tiles.visibility import to_heads
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,7 @@ class HyperAttention(Method):
         n_q, n_k, hashes, tiles = q.shape[2], k.shape[2], self.hashes(), Tiling(self.block)
         every = max(n_q, n_k) if size is None else size
         q_order, k_order = hashes.order(q, every), hashes.order(k, every, view.keys_seen())
-        layout = Layout(
-            take(q, q_order), take(k, k_order), view.permute(q_order, k_order), tiles, tiles, scale,
-            q_order, k_order, view,
-        )  # fmt: skip
+        layout = Layout.arranged(Arrangement(tiles, tiles, q_order, k_order), q, k, view, scale)
         rows, columns = (torch.arange(tiles.count(n), device=q.device) for n in (n_q, n_k))
         if size is None:
             met = torch.ones(len(rows), len(columns), dtype=torch.bool, device=q.device)

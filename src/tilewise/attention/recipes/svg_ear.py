@@ -133,10 +133,7 @@ class SVGEAR(Method):
         if not q.shape[2] or not k.shape[2]:
             return Plan((Pass(view),), view)
         at = self.clusters.order().arrange(q, k, view, scale, self.clusters.tile)
-        layout = Layout(
-            take(q, at.q_order), take(k, at.k_order), view.permute(at.q_order, at.k_order), at.q_tiling,
-            at.k_tiling, scale, at.q_order, at.k_order, view,
-        )  # fmt: skip
+        layout = Layout.arranged(at, q, k, view, scale)
         visible = layout.kinds() != NONE
         scores = MeansError(self.values, self.gamma).score(layout, visible)
         keep = self._route(layout, visible, scores)
