@@ -99,7 +99,6 @@ def test_exact_tiles_go_where_means_fail(seed):
     assert shares[0] > 1.05 and shares[1] < 0.96, shares
 
 
-@pytest.mark.evidence
 def test_means_of_like_tokens_stand_for_them():
     """All tiles but one of a row as means: finer clusters err less. Control: as many tiles of neighbours, shuffled.
 
