@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tilewise.kernels import Choice, Engine, choose
-from tilewise.kernels.scan import definition
+from tilewise.kernels.scan import definition, native
 from tilewise.kernels.scan import torch as torch_engine
 from tilewise.kernels.scan.call import RULES, Call
 
 ENGINES: Mapping[str, Engine] = {
+    "native": native,
     "torch": torch_engine,
     "definition": definition,
 }
