@@ -51,14 +51,19 @@ class Pairs:
             half *= 2
         return blocks.squeeze(-3)
 
-    def gradients(self, d_scores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of q and of k (the groups added up), for `d_scores` that is 0 where s > t."""
+    def gradients(self, d_scores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of q, of k and of the log decays (both with the groups added up), for `d_scores` that is 0 where s > t.
+
+        A decay gets the sum over the pairs of tokens that pass it, each added up by itself: a difference of larger sums
+        would lose what decays have made small.
+        """
         if self.decay is None or self.decay.ndim == 3:
-            if self.decay is not None:
-                d_scores = d_scores * self._factors()
-            return d_scores @ k, (d_scores.mT @ q).sum(2, keepdim=True)
+            weighted = d_scores if self.decay is None else d_scores * self._factors()
+            passing = (weighted * (q @ k.mT)).sum(2, keepdim=True)  # [r, h, 1, later, earlier]
+            gate = from_here(passing).tril(-1).sum(-1, keepdim=True)
+            return weighted @ k, (weighted.mT @ q).sum(2, keepdim=True), gate
         own = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        d_q, d_k = own * k, (own * q).sum(2, keepdim=True)
+        d_q, d_k, gate = own * k, (own * q).sum(2, keepdim=True), torch.zeros_like(k)
         half, tile = 1, q.shape[-2]
         while half < tile:
             blocks = d_scores.unflatten(-2, (-1, 2 * half)).unflatten(-1, (-1, 2 * half))
@@ -67,8 +72,15 @@ class Pairs:
             right, left = (lower @ keys) * q_factor, ((lower.mT @ queries) * k_factor).sum(2, keepdim=True)
             d_q = d_q + torch.cat((torch.zeros_like(right), right), -2).flatten(-3, -2)
             d_k = d_k + torch.cat((left, torch.zeros_like(left)), -2).flatten(-3, -2)
+            by_right = (right * q.unflatten(-2, (-1, 2 * half))[..., half:, :]).sum(2, keepdim=True)
+            by_left = left * k.unflatten(-2, (-1, 2 * half))[..., :half, :]
+            gate = gate + torch.cat((so_far(by_left), from_here(by_right)), -2).flatten(-3, -2)
             half *= 2
-        return d_q, d_k
+        return d_q, d_k, gate
+
+    def together(self, x: Tensor) -> Tensor:
+        """`[..., D_k]` summed over channels that share a decay: `[..., 1]`, or as it is."""
+        return x if self.decay is None or self.decay.ndim == 4 else x.sum(-1, keepdim=True)
 
     def _factors(self) -> Tensor:
         """exp(decay from s to t) with one decay for all channels: `[rows, H, 1, tile, tile]`, 1 where s > t."""
@@ -90,7 +102,16 @@ class Pairs:
         return k.unflatten(-2, (-1, 2 * half))[..., :half, :] * factor, factor
 
 
+def so_far(x: Tensor) -> Tensor:
+    """Sums along dim -2 of all that comes before each token."""
+    return torch.cat((torch.zeros_like(x[..., :1, :]), x[..., :-1, :]), -2).cumsum(-2)
+
+
+def from_here(x: Tensor) -> Tensor:
+    """Sums along dim -2 of each token and all that comes after it."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
 def _behind(steps: Tensor) -> Tensor:
     """Sums along dim -2 of all that comes after each token."""
-    later = torch.cat((steps[..., 1:, :], torch.zeros_like(steps[..., :1, :])), -2)
-    return later.flip(-2).cumsum(-2).flip(-2)
+    return from_here(torch.cat((steps[..., 1:, :], torch.zeros_like(steps[..., :1, :])), -2))

@@ -18,7 +18,7 @@ from torch import Tensor
 from tilewise.kernels.scan import op
 from tilewise.kernels.scan.call import Call
 from tilewise.kernels.scan.chunks import Cut, Part
-from tilewise.kernels.scan.pairs import Pairs
+from tilewise.kernels.scan.pairs import Pairs, from_here, so_far
 
 
 def refuse(call: Call) -> str | None:
@@ -60,9 +60,7 @@ def backward(call: Call, d_out: Tensor, d_state: Tensor) -> op.Gradients:
         for to, gradient in zip(gradients, found):
             if to is not None:
                 part.put(to, gradient)
-    d_q, d_k, d_v, d_decay, d_beta = gradients
-    assert d_q is not None and d_k is not None and d_v is not None  # noqa: S101 (for the type checker)
-    return d_q, d_k, d_v, d_decay, d_beta, None if call.state is None else cut.restored(d_state)
+    return (*gradients, None if call.state is None else cut.restored(d_state))  # type: ignore[return-value]
 
 
 def _first_state(call: Call) -> Tensor:
@@ -149,27 +147,19 @@ class _Unrolled:
         d_after, d_u = torch.cat(d_chunks).unsqueeze(2), torch.cat(d_values).unsqueeze(2)
         beta = 1 if self.beta is None else self.beta
         d_v, d_beta = beta * d_u, (d_u * self.rest).sum((2, 4))
-        d_q = before * (d_out @ self.states.mT)
-        by_q, d_k = pairs.gradients((d_out @ self.u.mT).tril(), q, k)
-        d_q = d_q + by_q
-        d_k = d_k + after * (self.u @ d_after.mT)
-        d_decay = (q * d_q).sum(2, keepdim=True) - k * d_k
+        d_q, d_k = before * (d_out @ self.states.mT), after * (self.u @ d_after.mT)
+        through = (self.states * d_after).sum(-1).unsqueeze(3) * pairs.total.mT.unsqueeze(2)  # [r, h, 1, 1, d_k]
+        gate = pairs.together(through + from_here((q * d_q).sum(2, keepdim=True)) + so_far(k * d_k))
+        by_q, by_k, by_pairs = pairs.gradients((d_out @ self.u.mT).tril(), q, k)
+        d_q, d_k, gate = d_q + by_q, d_k + by_k, gate + by_pairs
         if self.inverse is not None:  # keys are queries as well, whose outputs are taken from the values
-            d_read_k = before * (-d_v @ self.states.mT)
-            by_q, by_k = pairs.gradients((-d_v @ self.u.mT).tril(-1), k, k)
-            d_read_k = d_read_k + by_q
-            d_decay = d_decay + k * (d_read_k - by_k)
-            d_k = d_k + d_read_k + by_k
-        total = (self._after() * d_after).sum(-1).unsqueeze(3)  # [r, h, 1, 1, d_k]
-        d_decay = (d_decay.flip(3).cumsum(3).flip(3) + total)[:, :, 0]
+            d_read = before * (-d_v @ self.states.mT)
+            gate = gate + pairs.together(from_here(k * d_read))
+            by_q, by_k, by_pairs = pairs.gradients((-d_v @ self.u.mT).tril(-1), k, k)
+            d_k, gate = d_k + d_read + by_q + by_k, gate + by_pairs
         if pairs.decay is not None and pairs.decay.ndim == 3:
-            d_decay = d_decay.sum(3)
-        return self.scale * d_q.flatten(1, 2), d_k[:, :, 0], d_v[:, :, 0], d_decay, d_beta, d_state
-
-    def _after(self) -> Tensor:
-        """The states after each chunk: `[rows, H, 1, D_k, D_v]`."""
-        kept = (self.k * self.pairs.after.unsqueeze(2)).mT
-        return self.pairs.total.unsqueeze(2) * self.states + kept @ self.u
+            gate = gate.squeeze(4)
+        return self.scale * d_q.flatten(1, 2), d_k[:, :, 0], d_v[:, :, 0], gate[:, :, 0], d_beta, d_state
 
     def _backwards(self, d_u, d_read, kept, mixed, d_state) -> tuple[list[Tensor], list[Tensor]]:
         """From the last step to the first: what reaches the values, and the states after each chunk; the last of these
