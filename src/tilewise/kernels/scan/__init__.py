@@ -1,7 +1,7 @@
 """Linear recurrences with a matrix for a state, by the additive or the delta rule, with decays.
 
-The kernel of linear attention, retention, gated and delta networks, mLSTM and Mamba-2. `Call` is what engines receive;
-`scan` chooses an engine.
+The kernel of linear attention, retention, gated and delta networks, mLSTM and Mamba-2. `Call` is what engines
+receive; `scan` chooses an engine.
 """
 
 from __future__ import annotations

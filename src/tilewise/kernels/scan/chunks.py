@@ -17,7 +17,8 @@ AT_ONCE = 1 << 22  # numbers in a temporary: 16 MiB of float32
 class Part:
     """Some steps over the chunks of all sequences, the longest sequence first.
 
-    `tokens [rows, tile]` are places in the flattened batch, -1 where a chunk is not full; `counts` says how many rows
+    `tokens [rows, tile]` are places in the flattened batch, -1 where a chunk is not full; `counts` says how many
+    rows
     each step has: the first that many sequences.
     """
 
@@ -68,7 +69,9 @@ class Cut:
             while last < len(counts) and rows + counts[last] <= most:
                 rows += counts[last]
                 last += 1
-            places = [_places(starts, lengths, step * tile, tile, counts[step]) for step in range(first, last)]
+            places = [
+                _places(starts, lengths, step * tile, tile, counts[step]) for step in range(first, last)
+            ]
             parts.append(Part(torch.cat(places).to(device), counts[first:last]))
             first = last
         return cls(order.to(device), parts)

@@ -1,7 +1,8 @@
 """The native engine: C++ for CPUs, compiled on first use (see `tilewise.kernels.building`).
 
-Each sequence and head goes tile by tile with its state in the nearest caches, on as many threads as PyTorch uses; short
-sequences, and so decoding, go token by token. Inputs are float32, bfloat16 or float16; products and sums are float32.
+Each sequence and head goes tile by tile with its state in the nearest caches, on as many threads as PyTorch uses;
+short sequences, and so decoding, go token by token. Inputs are float32, bfloat16 or float16; products and sums are
+float32.
 """
 
 from __future__ import annotations

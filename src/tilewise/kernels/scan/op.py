@@ -19,8 +19,8 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 class Implementation(NamedTuple):
     """What an engine registers; both take a Call whose tensors need no gradient.
 
-    `backward` gets the gradients of the outputs and of the final states, and gives those of q, k, v, decay, beta and
-    state, None for those that the call has not.
+    `backward` gets the gradients of the outputs and of the final states, and gives those of q, k, v, decay, beta
+    and state, None for those that the call has not.
     """
 
     forward: Callable[[Call], tuple[Tensor, Tensor]]

@@ -52,10 +52,11 @@ class Pairs:
         return blocks.squeeze(-3)
 
     def gradients(self, d_scores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of q, of k and of the log decays (both with the groups added up), for `d_scores` that is 0 where s > t.
+        """Those of q, of k and of the log decays (both with the groups added up), for `d_scores` that is 0
+        where s > t.
 
-        A decay gets the sum over the pairs of tokens that pass it, each added up by itself: a difference of larger sums
-        would lose what decays have made small.
+        A decay gets the sum over the pairs of tokens that pass it, each added up by itself: a difference of larger
+        sums would lose what decays have made small.
         """
         if self.decay is None or self.decay.ndim == 3:
             weighted = d_scores if self.decay is None else d_scores * self._factors()

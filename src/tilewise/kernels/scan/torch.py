@@ -1,11 +1,11 @@
 """The torch engine: chunk by chunk, as matrix products; any device and dtype, memory bounded.
 
 Within a chunk the recurrence is unrolled. The scores of a query and an earlier key are
-`A_ts = sum_d q_td k_sd exp(decay_d from s to t)`, and outputs are `A u` plus what the state before the chunk gives; `u`
-is `beta v` for rule "add", and for rule "delta" solves the triangular system `(I + beta B) u = beta (v - k S)`, with B
-the scores of keys and earlier keys (the UT transform of Yang et al., 2024). With decays by channel a block of scores
-is split in halves again and again, each pair being scored relative to the border that separates it: the secondary
-chunking of Yang et al. (2023), down to single tokens.
+`A_ts = sum_d q_td k_sd exp(decay_d from s to t)`, and outputs are `A u` plus what the state before the chunk gives;
+`u` is `beta v` for rule "add", and for rule "delta" solves the triangular system `(I + beta B) u = beta (v - k S)`,
+with B the scores of keys and earlier keys (the UT transform of Yang et al., 2024). With decays by channel a block
+of scores is split in halves again and again, each pair being scored relative to the border that separates it: the
+secondary chunking of Yang et al. (2023), down to single tokens.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def _first_state(call: Call) -> Tensor:
 class _Unrolled:
     """A part of a call, computed up to its outputs.
 
-    Rows are chunks; `q [rows, H, G, tile, D_k]` is scaled, `k` and `v` are `[rows, H, 1, tile, *]`. `states` are those
-    before each chunk, `final` those of all sequences after the part. `rest` is what the delta rule leaves of a value,
-    `u` that times beta; `inverse` that of the triangular system, None for rule "add".
+    Rows are chunks; `q [rows, H, G, tile, D_k]` is scaled, `k` and `v` are `[rows, H, 1, tile, *]`. `states` are
+    those before each chunk, `final` those of all sequences after the part. `rest` is what the delta rule leaves of
+    a value, `u` that times beta; `inverse` that of the triangular system, None for rule "add".
     """
 
     scale: float
@@ -135,20 +135,22 @@ class _Unrolled:
         return (out + self.pairs.scores(self.q, self.k).tril() @ self.u).flatten(1, 2)
 
     def gradients(self, d_out: Tensor, d_state: Tensor) -> tuple[Tensor, ...]:
-        """Those of q, k, v, decay and beta in rows, and of the states before the part, given that of the outputs and
-        of the states after it. Those of decay and beta mean nothing where there is none."""
+        """Those of q, k, v, decay and beta in rows, and of the states before the part, given that of the outputs
+        and of the states after it. Those of decay and beta mean nothing where there is none."""
         q, k, pairs = self.q, self.k, self.pairs
         before, after = pairs.before.unsqueeze(2), pairs.after.unsqueeze(2)
         d_out = d_out.to(q.dtype).unflatten(1, (k.shape[1], -1))  # [r, h, g, c, d_v]
         d_u = (pairs.scores(q, k).tril().mT @ d_out).sum(2)  # [r, h, c, d_v]
         d_read = ((q * before).mT @ d_out).sum(2)  # of the states before each chunk, [r, h, d_k, d_v]
-        d_values, d_afters = self._backwards(d_u, d_read, (k * after)[:, :, 0], (k * before)[:, :, 0].mT, d_state)
+        d_values, d_afters = self._backwards(
+            d_u, d_read, (k * after)[:, :, 0], (k * before)[:, :, 0].mT, d_state
+        )
         *d_chunks, d_state = d_afters
         d_after, d_u = torch.cat(d_chunks).unsqueeze(2), torch.cat(d_values).unsqueeze(2)
         beta = 1 if self.beta is None else self.beta
         d_v, d_beta = beta * d_u, (d_u * self.rest).sum((2, 4))
         d_q, d_k = before * (d_out @ self.states.mT), after * (self.u @ d_after.mT)
-        through = (self.states * d_after).sum(-1).unsqueeze(3) * pairs.total.mT.unsqueeze(2)  # [r, h, 1, 1, d_k]
+        through = (self.states * d_after).sum(-1).unsqueeze(3) * pairs.total.mT.unsqueeze(2)
         gate = pairs.together(through + from_here((q * d_q).sum(2, keepdim=True)) + so_far(k * d_k))
         by_q, by_k, by_pairs = pairs.gradients((d_out @ self.u.mT).tril(), q, k)
         d_q, d_k, gate = d_q + by_q, d_k + by_k, gate + by_pairs
@@ -162,8 +164,8 @@ class _Unrolled:
         return self.scale * d_q.flatten(1, 2), d_k[:, :, 0], d_v[:, :, 0], gate[:, :, 0], d_beta, d_state
 
     def _backwards(self, d_u, d_read, kept, mixed, d_state) -> tuple[list[Tensor], list[Tensor]]:
-        """From the last step to the first: what reaches the values, and the states after each chunk; the last of these
-        is that of the states before the part."""
+        """From the last step to the first: what reaches the values, and the states after each chunk; the last of
+        these is that of the states before the part."""
         d_values: list[Tensor] = []
         d_afters: list[Tensor] = []
         row = sum(self.counts)
