@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
+
+T = TypeVar("T", bound="Carried")
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class Carried:
+    """A state: a dataclass of tensors, other states and tuples of them, the sequences along the first axis of
+    each."""
+
+    def detach(self: T) -> T:
+        """The same without a graph, for truncated backpropagation."""
+        return self.map(Tensor.detach)
+
+    def to(self: T, *args: Any, **kwargs: Any) -> T:
+        """As `Tensor.to`, of every tensor."""
+        return self.map(lambda x: x.to(*args, **kwargs))
+
+    def select(self: T, sequences: Tensor) -> T:
+        """The states of these sequences, as beam search and batching want them."""
+        return self.map(lambda x: x[sequences])
+
+    @property
+    def bytes(self) -> int:
+        """What it holds."""
+        sizes: list[int] = []
+        self.map(lambda x: sizes.append(x.numel() * x.element_size()) or x)  # type: ignore[func-returns-value]
+        return sum(sizes)
+
+    def map(self: T, change: Callable[[Tensor], Tensor]) -> T:
+        """The same with every tensor changed."""
+
+        def changed(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return change(part)
+            if isinstance(part, Carried):
+                return part.map(change)
+            return tuple(map(changed, part)) if isinstance(part, tuple) else part
+
+        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class State(Carried):
     """The state of `scan` after the last token, for training, prefill and decoding alike; hand it to the next call.
 
     Attributes:
@@ -24,25 +64,3 @@ class State:
     sums: Tensor | None = None
     peak: Tensor | None = None
     rule: str = "add"
-
-    def detach(self) -> State:
-        """The same without a graph, for truncated backpropagation."""
-        return self._map(Tensor.detach)
-
-    def to(self, *args, **kwargs) -> State:
-        """As `Tensor.to`, of every part."""
-        return self._map(lambda x: x.to(*args, **kwargs))
-
-    def select(self, sequences: Tensor) -> State:
-        """The states of these sequences, as beam search and batching want them."""
-        return self._map(lambda x: x[sequences])
-
-    @property
-    def bytes(self) -> int:
-        """What it holds."""
-        parts = [getattr(self, f.name) for f in fields(self)]
-        return sum(x.numel() * x.element_size() for x in parts if isinstance(x, Tensor))
-
-    def _map(self, change) -> State:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(x) for name, x in parts.items() if isinstance(x, torch.Tensor)})

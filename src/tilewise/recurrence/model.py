@@ -1,0 +1,144 @@
+"""Small language models from any mixers: one block, one config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tilewise.recurrence.mixer import Mixer
+from tilewise.recurrence.state import Carried
+
+MIXERS: dict[str, Callable[..., Mixer]] = {}  # by name; a mixer's module adds itself
+
+
+def mixer(name: str) -> Callable:
+    """Class decorator that makes a mixer known to `ModelConfig` by `name`."""
+
+    def known(kind: Callable[..., Mixer]) -> Callable[..., Mixer]:
+        MIXERS[name] = kind
+        return kind
+
+    return known
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a small language model is made of.
+
+    Args:
+        vocabulary: tokens known. width: of the residual stream.
+        layers: a mixer's name for each layer, so hybrids are sequences such as ("kda", "kda", "kda", "attention").
+        options: settings of each named mixer, such as {"gla": {"heads": 4}}.
+        hidden: of the channel mixer (SwiGLU); None is 8/3 of the width, 0 leaves channel mixers out.
+        tied: whether the output layer shares the embedding's weights.
+
+    Raises ValueError for unknown mixers and sizes below 1.
+    """
+
+    vocabulary: int
+    width: int
+    layers: tuple[str, ...]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    hidden: int | None = None
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        unknown = [name for name in (*self.layers, *self.options) if name not in MIXERS]
+        if unknown or not self.layers:
+            raise ValueError(f"layers must be of {', '.join(sorted(MIXERS))}, got {unknown or 'none'}")
+
+
+class SwiGLU(nn.Module):
+    """Channel mixer: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + channel(norm(x)); `channel` may be None."""
+
+    def __init__(self, width: int, mixer: Mixer, channel: nn.Module | None) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.RMSNorm(width, eps=1e-5), mixer
+        self.channel_norm = None if channel is None else nn.RMSNorm(width, eps=1e-5)
+        self.channel = channel
+
+    def forward(self, x: Tensor, state: Carried | None, **packing) -> tuple[Tensor, Carried]:
+        mixed, state = self.mixer(self.norm(x), state, **packing)
+        x = x + mixed
+        if self.channel is not None and self.channel_norm is not None:
+            x = x + self.channel(self.channel_norm(x))
+        return x, state
+
+
+class SequenceModel(nn.Module):
+    """A language model of any mixers, with one state for each layer.
+
+    `forward` takes tokens int64 `[B, N]`, the states of an earlier call or None, `mask` and `cu_seqlens` as mixers
+    do, and gives logits `[B, N, vocabulary]` and the states. Split a sequence anywhere and hand the states on.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = round(8 * config.width / 3) if config.hidden is None else config.hidden
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList()
+        for name in config.layers:
+            made = MIXERS[name](config.width, **config.options.get(name, {}))
+            self.blocks.append(Block(config.width, made, SwiGLU(config.width, hidden) if hidden else None))
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        states: Sequence[Carried | None] | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, list[Carried]]:
+        if states is None:
+            states = [None] * len(self.blocks)
+        if len(states) != len(self.blocks):
+            raise ValueError(f"states must be one for each of {len(self.blocks)} layers, got {len(states)}")
+        x, after = self.embedding(tokens), []
+        for block, state in zip(self.blocks, states):
+            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens)
+            after.append(state)
+        return self.head(self.norm(x)), after
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, count: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """The next `count` tokens of each row, int64 `[B, count]`: the likeliest, or drawn at a temperature above
+        0."""
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        logits, states = self(tokens)
+        made = []
+        for _ in range(count):
+            last = logits[:, -1].float()
+            if temperature > 0:
+                chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+            else:
+                chosen = last.argmax(-1, keepdim=True)
+            made.append(chosen)
+            logits, states = self(chosen, states)
+        return torch.cat(made, 1) if made else tokens[:, :0]
