@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise.recurrence.api import scan
-from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState, check_width, from_heads, to_heads
+from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState, check_width, from_heads, to_heads, wide
 from tilewise.recurrence.model import mixer
 from tilewise.recurrence.short_conv import ShortConv
 
@@ -51,7 +51,7 @@ class DeltaNet(Mixer):
             tails.append(tail)
         q, k, v = (to_heads(F.silu(part), self.heads) for part in parts)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        beta = self.reach * self.beta(x).float().sigmoid().mT
+        beta = self.reach * wide(self.beta(x)).sigmoid().mT
         out, after = scan(
             q, k, v, decay=self._decay(x), beta=beta, rule="delta", state=None if state is None else state.scan,
             return_state=True, **packing,
@@ -65,7 +65,7 @@ class DeltaNet(Mixer):
         """Log decays `[B, H, N]`, as Mamba-2's: a rate of the head times a step of the token."""
         if not self.gated:
             return None
-        return -(self.log_rate.exp() * F.softplus(self.step(x).float())).mT
+        return -(self.log_rate.exp() * F.softplus(wide(self.step(x)))).mT
 
 
 @mixer("gated-delta-net")

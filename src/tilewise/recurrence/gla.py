@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise.recurrence.api import scan
-from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState, check_width, from_heads, to_heads
+from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState, check_width, from_heads, to_heads, wide
 from tilewise.recurrence.model import mixer
 
 
@@ -40,7 +40,7 @@ class GLA(Mixer):
 
     def forward(self, x: Tensor, state=None, *, mask=None, cu_seqlens=None):
         q, k, v = (to_heads(part(x), self.heads) for part in (self.query, self.key, self.value))
-        decay = F.logsigmoid(to_heads(self.decay(x), self.heads).float()) / self.temper
+        decay = F.logsigmoid(wide(to_heads(self.decay(x), self.heads))) / self.temper
         out, after = scan(
             q, k, v, decay=decay, state=None if state is None else state.scan, mask=mask, cu_seqlens=cu_seqlens,
             return_state=True,
