@@ -3,13 +3,14 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-attention` from benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from what
-training/train_video.py measured; `counts` from the package itself. With --check nothing is written: exit code 1
-names the pages that are out of date.
+`bench-attention` and `bench-recurrence` from benchmarks/results, as do `precision`, `adaptive` and `selection`;
+`video` from what training/train_video.py measured; `counts` from the package itself. With --check nothing is
+written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewise import attention, papers
-from tilewise.kernels import attend_tiles
+from tilewise.recurrence import MIXERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +71,8 @@ def compare_table(path: Path = ROOT / "docs/results/compare.json") -> str:
 
 def bench_table(path: Path) -> str:
     """A recorded benchmark, with the machine it belongs to."""
+    if not path.exists():
+        return "*No run is recorded yet.*"
     run = json.loads(path.read_text(encoding="utf-8"))
     body = []
     for row in run["rows"]:
@@ -165,12 +168,13 @@ def counts() -> str:
     kinds = [kind for name in attention.__all__ if isinstance(kind := getattr(attention, name), type)]
     methods = [kind for kind in kinds if issubclass(kind, attention.Method)]
     frames = {attention.Method, attention.Recipe, attention.Tiles}
-    rooms = sorted(path.parent.name for path in (ROOT / "src/tilewise/kernels").glob("*/definition.py"))
-    room = ", ".join(f"`{room}`" for room in rooms)
+    known = sorted(path.parent.name for path in (ROOT / "src/tilewise/kernels").glob("*/definition.py"))
+    engines = {name: importlib.import_module(f"tilewise.kernels.{name}").ENGINES for name in known}
+    told = ", ".join(f"`{name}` with {len(found)} engines" for name, found in engines.items())
     return (
         f"{len(papers.load())} papers are in the register. Their attention is {len(set(methods) - frames)} methods,"
-        f" {len(attention.named())} of them with a name, and what is built around them; all of it runs"
-        f" on {len(rooms)} kernel ({room}) with {len(attend_tiles.ENGINES)} engines."
+        f" {len(attention.named())} of them with a name, their recurrences {len(MIXERS)} mixers, and what is built"
+        f" around them; all of it runs on {len(known)} kernels: {told}."
     )
 
 
@@ -215,6 +219,7 @@ def main(arguments: Sequence[str]) -> int:
         "compare-tuned": compare_table(ROOT / "docs/results/compare-tuned.json"),
         "compare-all": compare_table(ROOT / "docs/results/compare-all.json"),
         "bench-attention": bench,
+        "bench-recurrence": bench_table(ROOT / "benchmarks/results/recurrence.json"),
         "counts": counts(),
         "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),
         "video": video_tables(ROOT / "training/video_results.json"),

@@ -139,14 +139,14 @@ def papers(
 @app.command()
 def build() -> None:
     """Compile the native engines now, rather than at their first use, and say where they lie."""
-    from tilewise.kernels import building
-    from tilewise.kernels.attend_tiles import native
+    from tilewise.kernels import building, natives
 
-    try:
-        path = building.library("attention", native.SOURCES)
-    except building.BuildFailed as failure:
-        raise UserError(str(failure)) from failure
-    typer.echo(f"attention: {path}")
+    for name, sources in natives().items():
+        try:
+            path = building.library(name, sources)
+        except building.BuildFailed as failure:
+            raise UserError(str(failure)) from failure
+        typer.echo(f"{name}: {path}")
 
 
 @app.command()

@@ -6,8 +6,10 @@ of preference that accepts the call. Engines import neither one another nor the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -66,3 +68,14 @@ def engines() -> list[str]:
     from tilewise.kernels.attend_tiles import ENGINES
 
     return list(ENGINES)
+
+
+# The library that each folder's native engine is compiled into.
+NATIVE = {"attend_tiles": "attention", "scan": "scan"}
+
+
+def natives() -> dict[str, Sequence[Path]]:
+    """The sources of every native engine, by the name of its library."""
+    return {
+        name: import_module(f"tilewise.kernels.{folder}.native").SOURCES for folder, name in NATIVE.items()
+    }
