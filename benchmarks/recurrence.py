@@ -57,42 +57,39 @@ def work(n: int, d: int = D) -> float:
     return 4.0 * HEADS * n * d * d
 
 
-def peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
-    """The paths of other packages that run on a CPU: additive linear attention of `[1, heads, n, d]`."""
-    found: dict[str, Callable[[], object]] = {}
-    rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    gate = torch.zeros(q.shape[:3])
-    for name, module, function, arguments in (
-        ("fla, naive chunk", "fla.ops.linear_attn.naive", "naive_chunk_linear_attn", (*rows, None, False)),
-        (
-            "mlstm_kernels, native",
-            "mlstm_kernels.torch.chunkwise.native.fwbw",
-            "mlstm_chunkwise__native_autograd",
-            (q, k, v, gate, gate + 5),
-        ),
-    ):
-        try:
-            found[name] = partial(getattr(importlib.import_module(module), function), *arguments)
-            found[name]()
-        except (ImportError, AttributeError, RuntimeError, TypeError) as error:
-            print(
-                f"{name}: not raced ({type(error).__name__}: {str(error).partition(chr(10))[0]})", flush=True
-            )
-            found.pop(name, None)
-    return found
+def peer(name: str, path: str, *arguments: object, **options: object) -> dict[str, Callable[[], object]]:
+    """A function of another package with its arguments, where it is installed and runs."""
+    module, _, function = path.rpartition(".")
+    try:
+        run = partial(getattr(importlib.import_module(module), function), *arguments, **options)
+        run()
+    except (ImportError, AttributeError, RuntimeError, TypeError) as error:
+        print(f"{name}: not raced ({type(error).__name__}: {str(error).partition(chr(10))[0]})", flush=True)
+        return {}
+    return {name: run}
 
 
 def additive(lengths: list[int]) -> list[harness.Row]:
     rows = []
     for n in lengths:
         q, k, v = tensors(n)
+        turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
         contenders: dict[str, Callable[[], object]] = {
             "causal sdpa": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True),
             "native": partial(scan, q, k, v, engine="native"),
             "torch": partial(scan, q, k, v, engine="torch"),
-        } | peers(q, k, v)
+        } | peer("fla, naive chunk", "fla.ops.linear_attn.naive.naive_chunk_linear_attn", *turned)
         rates = {name: work(n) for name in contenders} | {"causal sdpa": 2.0 * HEADS * n * n * D}
         rows += harness.race(f"additive forward, N={n}", contenders, rates)
+        entry, forget = torch.randn(1, HEADS, n), 3 + torch.randn(1, HEADS, n)
+        given = {"decay": F.logsigmoid(forget), "log_beta": entry, "normalize": "bounded"}
+        mlstm = peer(
+            "mlstm_kernels, native",
+            "mlstm_kernels.torch.chunkwise.native.mlstm_chunkwise__native_autograd",
+            *(q, k, v, entry, forget),
+        )
+        mlstm |= {engine: partial(scan, q, k, v, engine=engine, **given) for engine in ("torch", "native")}
+        rows += harness.race(f"mLSTM forward, N={n}", mlstm, dict.fromkeys(mlstm, work(n)), rounds=5)
     return rows
 
 
