@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -460,3 +461,25 @@ def test_threads_make_no_difference(kind):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+LESSER = """
+import torch
+from tests.kernels.test_scan import check, made
+print(torch.backends.cpu.get_cpu_capability())
+for rule in ("add", "delta"):
+    for kind in (None, "scalar", "channel"):
+        check(made(90, kind, rule=rule, b=1, d_k=20, d_v=12), "native")
+print("all right")
+"""
+
+
+@pytest.mark.parametrize("level", ["avx2", "default"])
+def test_lesser_machines_are_right_too(level):
+    """PyTorch's switch lowers what the engine is compiled for: other widths of vectors, another build."""
+    skip_unless_here("native")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LESSER], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
