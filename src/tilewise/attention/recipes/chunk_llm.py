@@ -46,7 +46,8 @@ class ChunkLLM(Method):
     the same chunks, so this costs little recall and saves all other choices. All heads read the same chunks.
 
     A prompt is read in the same way, all at once: `plan` gives it as tiles of chunks by chunks. Token by token,
-    `start` and `step` do the same with a `ChunkState`, whose `refreshes` counts the choices.
+    `start` and `step` do the same with a `ChunkState`, whose `refreshes` counts the choices. Made for causal masks;
+    under others, chunks that a mask shows ahead can be chosen as well.
 
     Differs from the paper: ends are told from the layer's own keys, as a method sees no hidden states, so layers
     may cut differently where the authors' bottom layer cuts for all; a chunk's key is the mean of its tokens' keys
@@ -57,8 +58,9 @@ class ChunkLLM(Method):
         ends.
         longest: tokens. every: choose anew for every token, among the chunks complete by then: the control.
 
-    Raises ValueError for other settings, for as many queries as there are not keys, and when the layer's sizes are
-    not the adapters'.
+    How many chunks there are is known once the adapters ran, so a graph of `torch.compile` can hold a plan made
+    before, but not the choice. Raises ValueError for that, for other settings, for as many queries as there are not
+    keys, and when the layer's sizes are not the adapters'.
     """
 
     adapters: ChunkAdapters
@@ -86,6 +88,10 @@ class ChunkLLM(Method):
                 f"ChunkLLM reads whole prompts, or with step one token: {q.shape[2]} queries, {n} keys"
             )
         check_sizes(self.adapters, q, k)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "ChunkLLM cannot be compiled, as it cuts where its adapters say; make a plan before, and give attend that"
+            )
         if not n:
             return Plan((Pass(view),), view)
         bounds, keys = self._cut(k, view)
@@ -103,8 +109,8 @@ class ChunkLLM(Method):
         with torch.no_grad():
             scores = self.adapters.scores(queries, means).unsqueeze(1)
         seen = (view.tiles(rows, chunks) != NONE).any(1, keepdim=True)
-        before = seen & (own < mine.unsqueeze(-1)).unsqueeze(1)
-        keep = best(scores, before, self.top_k) | (own == mine.unsqueeze(-1)).unsqueeze(1)
+        running = (own == mine.unsqueeze(-1)).unsqueeze(1)
+        keep = best(scores, seen & ~running, self.top_k) | running
         return Plan((Pass(view, TileMap(keep, rows, chunks)),), view)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ChunkState]:
