@@ -31,6 +31,7 @@ from tilewise.attention import (
     Share,
     SqueezedAttention,
     SqueezedContext,
+    TileFP8,
     Tiles,
     TopK,
     VMoBA,
@@ -98,13 +99,13 @@ def vmoba(layer: int, threshold: float) -> Make:
     return make
 
 
-def fps(*widest: int) -> Make:
+def fps(*widest: int, precision: TileFP8 | None = None) -> Make:
     """Windows of at most so many boxes along each axis."""
 
     def make(q: Tensor, k: Tensor) -> FPSAttention:
         grid, box = grid_of(k.shape[2]), (2, 2, 3)
         counts = [-(-n // min(side, n)) if n else 1 for n, side in zip(grid, box)]
-        return FPSAttention(grid, box, tuple(map(min, counts, widest)), precision=None)
+        return FPSAttention(grid, box, tuple(map(min, counts, widest)), precision=precision)
 
     return make
 

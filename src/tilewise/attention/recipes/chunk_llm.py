@@ -90,7 +90,8 @@ class ChunkLLM(Method):
         check_sizes(self.adapters, q, k)
         if torch.compiler.is_compiling():
             raise ValueError(
-                "ChunkLLM cannot be compiled, as it cuts where its adapters say; make a plan before, and give attend that"
+                "ChunkLLM cannot be compiled, as it cuts where its adapters say; make a plan before and give attend"
+                " that"
             )
         if not n:
             return Plan((Pass(view),), view)
