@@ -218,7 +218,7 @@ def test_what_integers_cannot_do_is_refused(method):
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(ROUNDED)))
 def test_what_floats_do_is_the_unrounded_method_at_rounded_tensors(name):
-    """Output, log-sum-exp and gradients, which pass the rounding as if it were not there; weights are not rounded."""
+    """Output, log-sum-exp and gradients, which pass the rounding as if it were not there; weights stay."""
     case = CASES[name]
     q, k, v = (x.requires_grad_() for x in qkv(2, 4, 2, N, d_v=6))
     made = plan(case.on(q, k), q, k, mask="causal")
