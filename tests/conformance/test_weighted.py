@@ -12,7 +12,9 @@ import torch
 from tests.conformance.cases import CASES
 from tests.conformance.common import ENGINES, cases
 from tests.conformance.weighted import (
+    LENGTHS,
     MASKS,
+    N,
     check_compiles,
     check_dtypes,
     check_full,
@@ -22,7 +24,8 @@ from tests.conformance.weighted import (
     check_refuses_to_compile,
 )
 from tilewise import attention
-from tilewise.attention import Method, attend, named
+from tilewise.attention import Method, attend, named, plan
+from tilewise.attention.method import mode_of
 from tilewise.tiles import Padding
 
 each = pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(" ", "-") for name in CASES])
@@ -57,6 +60,19 @@ def test_what_looks_ahead(made):
     for name, found in looks.items():
         want = [look for look, words in (("prompt", prompt), ("none", none)) if any(w in name for w in words)]
         assert found == (want or ["tile"])[0], name
+
+
+@each
+def test_settings_are_small(case):
+    """Every case leaves something out or takes it as means: none is dense attention by another name."""
+    q, k, v = case.qkv(1, 4, 2, N)
+    every = torch.arange(q.shape[2]), torch.arange(N)
+    mine, dense = (plan(x, q, k, mask="causal").kept(*every, 4).sum() for x in (case.on(q, k), "dense"))
+    assert 0 < mine < 0.9 * dense
+
+
+def test_lengths_of_every_mode_are_tried():
+    assert {mode_of(*pair) for pair in LENGTHS} == {"prefill", "chunked prefill", "decode"}
 
 
 @each

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.conformance.common import over_budget, qkv, repeat, run_or_refuse, tile_of
 from tilewise.attention import Lists, Means, Method, Pass, Plan, Sample, attend, plan
 from tilewise.attention.method import mode_of
-from tilewise.tiles import Causal, Documents, Mask, Padding, TokenMask, Window
+from tilewise.tiles import Causal, Documents, Mask, Padding, TokenMask, Window, as_mask
 
 N = 130
 MASKS = {
@@ -118,6 +118,16 @@ def entries(one: Pass, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor, Ten
     return None, torch.zeros((), dtype=q.dtype), None
 
 
+def reached(made: Plan, q: Tensor, k: Tensor) -> Tensor:
+    """Which keys have a part in a query's answer, themselves or in a mean: bool `[B, H, N_q, N_k]`."""
+    found = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
+    for one in made.passes:
+        mix = entries(one, q, k)[0]
+        seen = pairs(one, q, k.shape[2] if mix is None else mix.shape[2])
+        found |= seen if mix is None else seen.to(mix.dtype) @ (mix > 0).to(mix.dtype) > 0
+    return found
+
+
 def pairs(one: Pass, q: Tensor, count: int) -> Tensor:
     """Which of `count` entries each query reads in a pass, bool `[B, H, N_q, entries]`."""
     b, heads, n_q, _ = q.shape
@@ -161,7 +171,10 @@ def check_plan(method, mask, heads=4, kv_heads=2, n=N, d=8, b=2, engine="torch",
     """Forward and gradients of a method on one engine equal the explicit formula; returns the plan."""
     case = Case.of(method)
     q, k, v = case.qkv(b, heads, kv_heads, n, d=d, d_v=6, seed=seed)
-    made = plan(case.on(q, k), q, k, mask=narrowed(mask, q.shape[2]))
+    mask = narrowed(mask, q.shape[2])
+    made = plan(case.on(q, k), q, k, mask=mask)
+    visible = repeat(as_mask(mask).bind(q.shape[2], n).tokens(), heads)
+    assert not (reached(made, q, k) & ~visible).any(), "hidden keys have a part"
     run = run_or_refuse(engine, q, k, v, made)
     if run is None:
         return made
@@ -215,7 +228,9 @@ def check_dtypes(method, n=150) -> None:
         out = attend(q, k, v, made)
         assert out.dtype == dtype
         assert over_budget(out, explicit(made, q, k, v), want) is None, dtype
-        assert attend(q, k, v, case.on(q, k), mask="causal").isfinite().all(), "choosing in this format"
+        for size in (1, 100):  # scores beyond what float16 holds
+            got = attend(size * q, size * k, v, case.on(size * q, size * k), mask="causal")
+            assert got.dtype == dtype and got.isfinite().all(), (dtype, size)
 
 
 def check_full(method) -> None:
@@ -233,7 +248,7 @@ def check_full(method) -> None:
 
 
 def check_lengths(method) -> None:
-    """Every pair of lengths is computed, or refused: for its mode, or as the case says."""
+    """Every pair of lengths is computed, in low precision too, or refused: for its mode, or as the case says."""
     case, taken = Case.of(method), 0
     for n_q, n_k in LENGTHS:
         q, k, v = qkv(1, 2, 1, n_q, n_k, dtype=torch.float32)
@@ -251,6 +266,8 @@ def check_lengths(method) -> None:
         made = plan(case.on(q, k), q, k, mask="causal")
         got = attend(q, k, v, made, return_lse=True)
         assert got.out.shape == q.shape and got.out.isfinite().all()
+        low = [x.half() for x in (q, k, v)]
+        assert attend(*low, case.on(*low[:2]), mask="causal").isfinite().all()
         if n_q and n_k:
             torch.testing.assert_close(got.out, explicit(made, q, k, v))
         assert (got.out[:, :, : max(0, n_q - n_k)] == 0).all()
