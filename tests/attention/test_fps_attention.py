@@ -251,27 +251,6 @@ def test_windows_are_those_of_sliding_tiles():
     )
 
 
-def test_full_windows_are_dense_and_masks_hold():
-    full = FPSAttention((4, 4, 6), (2, 2, 3), (2, 2, 2), precision=None)
-    q, k, v = qkv(2, 4, 2, 96)
-    for mask in (None, "causal", Padding(torch.arange(96).ge(torch.tensor([[10], [0]])))):
-        torch.testing.assert_close(
-            attend(q, k, v, full, mask=mask), attend(q, k, v, mask=mask), rtol=1e-12, atol=1e-12
-        )
-        got = attend(q, k, v, SMALL, mask=mask, return_lse=True)
-        assert got.out.isfinite().all() and plan(SMALL, q, k, mask=mask).density < 1
-
-
-def test_causal_outputs_without_rounding_see_no_future():
-    q, k, v = qkv(1, 2, 2, 96, dtype=torch.float32)
-    later = [x.clone() for x in (q, k, v)]
-    for x in later:
-        x[:, :, 50:] = 50 * torch.randn_like(x[:, :, 50:])
-    outs = [attend(*x, EXACT, mask="causal", engine="torch")[:, :, :50] for x in ((q, k, v), later)]
-    assert torch.equal(*outs)
-    assert EXACT.lookahead == "none" and SMALL.lookahead == "prompt"
-
-
 @pytest.mark.parametrize("before", [0, 7])
 @pytest.mark.parametrize("group", ["tile", "token", "head", "tensor"])
 @pytest.mark.parametrize("values", [False, True])
@@ -305,15 +284,6 @@ def test_rounding_is_its_definition(group, values, before):
     assert (call.weights is None) == (not values)
     text = attend(q, k, v, replace(method, precision=None), mask=mask)[:, :, :before]
     torch.testing.assert_close(text, attend(q, k, v, mask=mask)[:, :, :before])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_formats(dtype):
-    """The rounding of E4M3, at most 1/16 of a number and a little more for sums, in whatever format."""
-    q, k, v = qkv(2, 4, 2, 96, d=16, dtype=dtype)
-    got = attend(q, k, v, SMALL)
-    assert got.dtype == dtype
-    assert error(got.double(), attend(q.double(), k.double(), v.double(), EXACT)) < 2 / 16
 
 
 def test_zeros_infinities_and_empty_heads():

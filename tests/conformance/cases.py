@@ -68,7 +68,7 @@ def dhsa(learnt: bool = True, **settings) -> Make:
 
 def chunks(**settings) -> Make:
     return lambda q, k: ChunkLLM(
-        gate(ChunkAdapters, **shapes(q, k)), **{"top_k": 2, "longest": 12, **settings}
+        gate(ChunkAdapters, **shapes(q, k)), **{"top_k": 3, "threshold": 0.6, "longest": 40, **settings}
     )
 
 

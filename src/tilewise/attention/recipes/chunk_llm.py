@@ -13,8 +13,10 @@ from tilewise.attention.gates.chunks import ChunkAdapters, hidden_keys
 from tilewise.attention.gates.sizes import check_sizes, positive
 from tilewise.attention.method import Method
 from tilewise.attention.plans import Pass, Plan
-from tilewise.attention.recipes.dhsa import pieces
+from tilewise.attention.recipes.dhsa import parents, pieces
 from tilewise.tiles import NONE, Causal, Partial, TileMap, Tiling, Visibility
+
+TILE = 32  # tokens computed together: a fixed size, so that the length of a later chunk changes no earlier rounding
 
 
 @dataclass(eq=False)
@@ -112,7 +114,17 @@ class ChunkLLM(Method):
         seen = (view.tiles(rows, chunks) != NONE).any(1, keepdim=True)
         running = (own == mine.unsqueeze(-1)).unsqueeze(1)
         keep = best(scores, seen & ~running, self.top_k) | running
-        return Plan((Pass(view, TileMap(keep, rows, chunks)),), view)
+        finer = pieces(bounds, n, TILE, equal=False)
+        columns = Tiling(TILE, finer)
+        keep = keep.gather(3, parents(bounds, finer).unsqueeze(2).expand(-1, -1, keep.shape[2], -1))
+        if not self.every:
+            rows = columns
+            keep = keep.gather(2, parents(bounds, finer).unsqueeze(3).expand(-1, -1, -1, keep.shape[3]))
+        return Plan((Pass(view, TileMap(keep, rows, columns)),), view)
+
+    def chunks(self, k: Tensor, view: Visibility) -> Tensor:
+        """Where the keys are cut, int64 `[B, 1, C + 1]`; chunks at the end may be empty."""
+        return self._cut(k, view)[0]
 
     def start(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ChunkState]:
         """Read a prompt under a causal mask: the output `[1, H_q, N, D_v]` and the state behind it, N >= 1.

@@ -90,8 +90,7 @@ class DHSA(Method):
         finer = pieces(bounds, n, self.grain, equal=False)
         longest = self.length if self.predictor is None else self.longest or 4 * self.length
         rows, chunks, parts = Tiling(self.block), Tiling(longest, bounds), Tiling(self.grain, finer)
-        parent = torch.searchsorted(bounds, finer[..., :-1].contiguous(), right=True) - 1  # [b, 1, parts]
-        parent = parent.clamp(max=bounds.shape[-1] - 2)  # pieces without tokens
+        parent = parents(bounds, finer)
         scores = self.scores(q, k, view, rows, chunks)
         scores = scores.mean(1, keepdim=True) if self.shared else scores
         visible = to_heads(view.tiles(rows, parts), q.shape[1]) != NONE
@@ -177,6 +176,15 @@ def pieces(bounds: Tensor, n: int, most: int, equal: bool) -> Tensor:
     else:
         count = int(first.sum(-1).max())
     return torch.cat([starts[..., :count], torch.full_like(starts[..., :1], n)], -1)
+
+
+def parents(bounds: Tensor, finer: Tensor) -> Tensor:
+    """The chunk of `bounds [b, 1, C + 1]` that each piece of `finer [b, 1, P + 1]` is of: int64 `[b, 1, P]`.
+
+    Pieces without tokens are of the last.
+    """
+    found = torch.searchsorted(bounds.contiguous(), finer[..., :-1].contiguous(), right=True) - 1
+    return found.clamp(max=bounds.shape[-1] - 2)
 
 
 def fill(scores: Tensor, among: Tensor, forced: Tensor, sizes: Tensor, budget: int) -> Tensor:
