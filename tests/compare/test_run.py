@@ -422,9 +422,10 @@ def test_no_crossing_from_one_length():
     assert conclude.crossovers([], ["m"]) == []
 
 
-def _row(name, speedup=None, change=0.0, tasks=None, low=None):
+def _row(name, speedup=None, change=0.0, tasks=None, low=None, high=None):
     return {
         "method": name, "prefill_ms": 10.0, "prefill_speedup": speedup, "prefill_speedup_low": low or speedup,
+        "prefill_speedup_high": high or speedup,
         "bits_per_byte": None if change is None else 2 + change, "bits_per_byte_change": change,
         "tasks": {task: {"accuracy": accuracy} for task, accuracy in (tasks or {}).items()},
     }  # fmt: skip
@@ -494,6 +495,41 @@ def test_ranking():
         "good": [], "worse": ["good"], "dense": [], "forgets": [], "slow": ["good", "worse", "dense"], "lossy": [],
     }  # fmt: skip
     assert conclude.ranking([]) == []
+
+
+def test_what_lies_within_the_spread_is_not_faster():
+    """A method of equal quality outdoes another only beyond both spreads; a better one need not be faster."""
+    outdone = lambda *rows: {  # noqa: E731
+        entry["method"]: entry["outdone_by"] for entry in conclude.ranking([DENSE, *rows])
+    }
+    same = {"recall": 0.97}
+    assert outdone(_row("even", 1.003, 0.0, same, 0.997, 1.02)) == {"even": [], "dense": []}
+    assert outdone(_row("sure", 1.003, 0.0, same, 1.001, 1.02)) == {"sure": [], "dense": ["sure"]}
+    assert outdone(_row("slow", 0.997, 0.0, same, 0.98, 0.999)) == {"dense": [], "slow": ["dense"]}
+    one, two = _row("a", 1.5, 0.0, same, 1.4, 1.6), _row("b", 1.55, 0.0, same, 1.5, 1.7)
+    assert outdone(one, two) == {"a": [], "b": [], "dense": ["b", "a"]}
+    better = _row("better", 1.45, -0.001, same, 1.38, 1.5)
+    assert outdone(one, better)["a"] == ["better"] and outdone(one, better)["better"] == []
+    rounded = _row("rounded", 1.5, -1e-7, same, 1.4, 1.6)
+    assert outdone(one, rounded) == {"a": [], "rounded": [], "dense": ["a", "rounded"]}
+
+
+def test_crossings_count_beyond_the_spread():
+    def lengths(*times):
+        """(tokens, dense, method), each with a spread of 5 %."""
+        spread = lambda ms: {"ms": ms, "low": 0.95 * ms, "high": 1.05 * ms}  # noqa: E731
+        return [{"tokens": n, "methods": {"dense": spread(a), "m": spread(b)}} for n, a, b in times]
+
+    (found,) = conclude.crossovers(lengths((1000, 10, 12), (2000, 20, 19.5)), ["m"])
+    assert found == {
+        "method": "m",
+        "tokens": None,
+        "note": "as fast as dense up to 2,000 tokens, within the spread",
+    }
+    (found,) = conclude.crossovers(lengths((1000, 10, 9.8), (2000, 20, 15)), ["m"])
+    assert found == {"method": "m", "tokens": 1000, "note": "measured between 1,000 and 2,000"}
+    (found,) = conclude.crossovers(lengths((1000, 10, 8), (2000, 20, 15)), ["m"])
+    assert found["note"] == "faster at every measured length, from 1,000 tokens"
 
 
 def test_ranking_without_perplexity_is_by_speed():
