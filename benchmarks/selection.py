@@ -120,7 +120,7 @@ def for_video(earlier: Mapping[int, Sample]) -> dict[str, list[Setting]]:
         "pisa": [everywhere(PISA(share, order=Boxes(GRID, BOX))) for share in SHARES],
         "psa": psa,
         "svg2": [everywhere(method) for method in clusters],
-        "svg-ear": [lambda layer, sample, m=m: SVGEAR(m, values=sample.v) for m in clusters],
+        "svg-ear": [everywhere(SVGEAR(method)) for method in clusters],
         "ada-spa": [adaptive(earlier, share) for share in SHARES],
         "vmoba": [
             lambda layer, sample, part=part: VMoBA(GRID, layer, select=Mass(part, over="head"))
@@ -182,7 +182,7 @@ def row(setting: Setting, layers: Mapping[int, Sample]) -> dict[str, float]:
     """One setting over all layers: sums of times, means of the rest."""
     found = []
     for layer, sample in layers.items():
-        made = plan(setting(layer, sample), sample.q, sample.k, mask=sample.mask)
+        made = plan(setting(layer, sample), sample.q, sample.k, mask=sample.mask, v=sample.v)
         got = measure(made, sample, repeats=2)
         found.append((got.density, recall(made, sample), got.error, got.choose, got.attend))
     density, kept, error, choose, spent = torch.tensor(found, dtype=torch.float64).unbind(1)

@@ -56,17 +56,17 @@ def test_error_aware_routing_errs_less_than_routing_by_score(layer, monkeypatch)
     """
     q, k, v = (x[:, :2] for x in captured(layer))
     dense = attend(q, k, v)
-    made = plan(SVGEAR(VIDEO, values=v), q, k)
+    made = plan(SVGEAR(VIDEO), q, k, v=v)
     mine = error(attend(q, k, v, made), dense)
     others = by_score(VIDEO, made.density, q, k, rest=Pooled())
     skipping = by_score(VIDEO, made.density, q, k)
     assert min(other.density for other in (*others, *skipping)) >= made.density
     score = min(error(attend(q, k, v, other), dense) for other in others)
     skip = min(error(attend(q, k, v, other), dense) for other in skipping)
-    weights_only = plan(SVGEAR(VIDEO), q, k)
+    weights_only = plan(SVGEAR(VIDEO, weights_only=True), q, k)
     unvalued = error(attend(q, k, v, weights_only), dense)
     monkeypatch.setattr(svg_ear, "MeansError", Turned)
-    wrong = error(attend(q, k, v, SVGEAR(VIDEO, values=v)), dense)
+    wrong = error(attend(q, k, v, SVGEAR(VIDEO)), dense)
     print(f"layer {layer}: density {made.density:.3f}, error {mine:.4f}, weights only {unvalued:.4f},"
           f" by score {score:.4f}, SVG2 {skip:.4f}, turned {wrong:.4f}")  # fmt: skip
     assert mine < 0.93 * score < 0.7 * skip, (mine, score, skip)
@@ -100,7 +100,7 @@ def test_exact_tiles_go_where_means_fail(seed):
     q, k, v = tight_and_loose(seed)
     dense = attend(q, k, v)
     clusters = SVG2(8, 24, threshold=0.3, least=0.02, tile=(128, 128), iterations=20)
-    made = plan(SVGEAR(clusters, values=v), q, k)
+    made = plan(SVGEAR(clusters), q, k, v=v)
     score = by_score(clusters, made.density, q, k, rest=Pooled())
     mine, others = error(attend(q, k, v, made), dense), [error(attend(q, k, v, x), dense) for x in score]
     assert mine < 0.95 * min(others), (mine, others)
@@ -215,7 +215,9 @@ def test_the_estimate_is_its_formula(values, gamma):
     view = Padding(seen).bind(50, 50)
     tilings = Tiling(16), Tiling.from_bounds(torch.tensor([0, 3, 20, 20, 36, 50]))
     layout = Layout(q, k, view, *tilings, 0.3)
-    got = MeansError(values=v if values else None, gamma=gamma).score(layout, layout.kinds() != NONE)
+    got = MeansError(values=v if values else None, gamma=gamma, weights_only=not values).score(
+        layout, layout.kinds() != NONE
+    )
     bounds = tilings[1].bounds.flatten().tolist()
     for b in range(2):
         for h in range(4):
@@ -238,7 +240,7 @@ def test_the_estimate_is_its_formula(values, gamma):
 
 def test_a_row_spends_what_svg2_spends():
     q, k, v = qkv(1, 2, 2, 130)
-    made, bought = plan(SMALL, q, k), plan(CLUSTERS, q, k)
+    made, bought = plan(SMALL, q, k, v=v), plan(CLUSTERS, q, k)
     both = [x.passes[0].tiles for x in (made, bought)]
     sizes = both[0].k_tiling.sizes(130, "cpu").unsqueeze(2)
     mine, theirs = ((x.keep * sizes).sum(-1) for x in both)
@@ -251,9 +253,9 @@ def test_a_row_spends_what_svg2_spends():
 
 
 def test_tiles_that_a_mask_cuts_through_are_exact_and_nothing_is_left_out():
-    q, k, _ = qkv(2, 4, 2, 130)
+    q, k, v = qkv(2, 4, 2, 130)
     for mask in MASKS.values():
-        made = plan(SMALL, q, k, mask=mask)
+        made = plan(SMALL, q, k, mask=mask, v=v)
         one = made.passes[0]
         ordered = made.view.permute(one.q_order, one.k_order)
         kinds = ordered.tiles(one.tiles.q_tiling, one.tiles.k_tiling)
@@ -273,7 +275,8 @@ def test_every_engine(engine):
 
 def test_full_density_is_dense_and_reads_no_means():
     full = SVGEAR(replace(CLUSTERS, threshold=1.0))
-    assert len(plan(full, *qkv()[:2]).passes) == 1
+    q, k, v = qkv()
+    assert len(plan(full, q, k, v=v).passes) == 1
     check_full(full)
 
 
@@ -285,13 +288,13 @@ def test_padding_may_hold_anything():
         filled = [x.clone() for x in (k, v)]
         for x in filled:
             x[:, :, 40:] = value
-        outs.append(attend(q, *filled, replace(SMALL, values=filled[1]), mask=mask))
+        outs.append(attend(q, *filled, SMALL, mask=mask))
     assert torch.equal(*outs) and outs[0].isfinite().all()
 
 
 def test_scores_too_large_for_an_exponential_compare():
     q, k, v = (50 * x for x in qkv(1, 2, 2, 130, dtype=torch.float32))
-    made = plan(SMALL, q, k)
+    made = plan(SMALL, q, k, v=v)
     assert attend(q, k, v, made).isfinite().all()
     layout = Layout(q, k, made.view, Tiling(16), Tiling(16), 1.0)
     assert MeansError(v).score(layout, layout.kinds() != NONE).isfinite().all()
@@ -317,4 +320,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(
         ValueError, match=r"values must be \[1, 2, 64, D_v\], one for each key, got \[1, 2, 63, 8\]"
     ):
-        attend(q, k, v, SVGEAR(CLUSTERS, values=v[:, :, 1:]))
+        plan(SVGEAR(CLUSTERS, values=v[:, :, 1:]), q, k)

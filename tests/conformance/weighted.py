@@ -172,7 +172,7 @@ def check_plan(method, mask, heads=4, kv_heads=2, n=N, d=8, b=2, engine="torch",
     case = Case.of(method)
     q, k, v = case.qkv(b, heads, kv_heads, n, d=d, d_v=6, seed=seed)
     mask = narrowed(mask, q.shape[2])
-    made = plan(case.on(q, k), q, k, mask=mask)
+    made = plan(case.on(q, k), q, k, mask=mask, v=v)
     visible = repeat(as_mask(mask).bind(q.shape[2], n).tokens(), heads)
     assert not (reached(made, q, k) & ~visible).any(), "hidden keys have a part"
     run = run_or_refuse(engine, q, k, v, made)
@@ -205,7 +205,7 @@ def check_future(method, n=160, tile=64, dtype=torch.float32) -> None:
     look = chosen.lookahead
     options = {"mask": "causal"}
     if look == "prompt":
-        chosen, options = plan(chosen, q, k, mask="causal"), {}
+        chosen, options = plan(chosen, q, k, mask="causal", v=v), {}
     cuts = [x for x in ((tile, n - n % tile) if look == "tile" else (1, 17, tile, n - 1)) if x > behind]
     assert cuts
     before = attend(q, k, v, chosen, engine="torch", **options)
@@ -223,7 +223,7 @@ def check_dtypes(method, n=150) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         q, k, v = case.qkv(2, 4, 2, n, d=16, dtype=dtype)
         wide = [x.double() for x in (q, k, v)]
-        made = plan(case.on(*wide[:2]), *wide[:2], mask="causal")
+        made = plan(case.on(*wide[:2]), *wide[:2], mask="causal", v=wide[2])
         want = explicit(made, *wide)
         out = attend(q, k, v, made)
         assert out.dtype == dtype
@@ -263,7 +263,7 @@ def check_lengths(method) -> None:
                 attend(q, k, v, case.on(q, k), mask="causal")
             continue
         taken += 1
-        made = plan(case.on(q, k), q, k, mask="causal")
+        made = plan(case.on(q, k), q, k, mask="causal", v=v)
         got = attend(q, k, v, made, return_lse=True)
         assert got.out.shape == q.shape and got.out.isfinite().all()
         low = [x.half() for x in (q, k, v)]
@@ -301,7 +301,7 @@ def check_refuses_to_compile(method) -> None:
     )
     with pytest.raises(Exception, match=f"{type(method).__name__} cannot be compiled"):
         run(*inputs, method)
-    made = plan(method, *inputs[:2], mask="causal")
+    made = plan(method, *inputs[:2], mask="causal", v=inputs[2])
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: attend(q, k, v, made), fullgraph=True, backend="eager")
     assert torch.equal(compiled(*inputs), attend(*inputs, method, mask="causal"))

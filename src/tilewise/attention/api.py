@@ -104,16 +104,18 @@ def plan(
     *,
     mask: Mask | Tensor | str | None = None,
     scale: float | None = None,
+    v: Tensor | None = None,
 ) -> Plan:
     """What `method` decides for these queries and keys: its passes and tile maps, density, and seconds spent.
 
     The plan can be given to `attend` in place of the method, for other values or to decide once for many calls.
+    A method whose choice looks at values needs `v`, as `attend` takes it, and raises ValueError without.
     """
-    view, _, scale = bind(q, k, k, mask, None, scale, None)
+    view, _, scale = bind(q, k, k if v is None else v, mask, None, scale, None)
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
     start = time.perf_counter()
-    made = _plan(method, q, k, None, view, scale)
+    made = _plan(method, q, k, v, view, scale)
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
     return dataclasses.replace(made, seconds=time.perf_counter() - start)
@@ -168,6 +170,8 @@ def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scal
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
     chosen.check_mode(q.shape[2], k.shape[2], train)
     with torch.no_grad():
+        if v is not None:
+            chosen = chosen.with_values(v.detach())
         return chosen.plan(q.detach(), k.detach(), view, scale)
 
 

@@ -20,7 +20,7 @@ class Method:
     Class attributes:
         name: what users call it; empty for methods that have no name of their own.
         modes: which of MODES it supports. An unsupported mode raises, it never approximates.
-        reads: what it looks at to decide, for the tables ("q, k", "nothing", ...).
+        reads: what it looks at to decide, for the tables ("q, k", "nothing", ...). For values see `with_values`.
         needs: what must be there before it can run: trained weights, a calibration; for the tables.
         exact: whether what it keeps is computed in the inputs' own precision.
     """
@@ -48,6 +48,14 @@ class Method:
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         """Decide what to compute for `q [B, H_q, N_q, D]`, `k [B, H_kv, N_k, D]`; needs no gradient."""
         raise TypeError(f"{type(self).__name__} does not say how it plans")
+
+    def with_values(self, v: Tensor) -> Method:
+        """What plans in a call with the values `v [B, H_kv, N_k, D_v]`: itself, unless its choice looks at them.
+
+        `attend`, `plan(..., v=v)`, `patch` and all that call them ask for it before they plan. A method, or a stage
+        of `Tiles`, whose choice depends on values overrides this to return one that holds them, for that call.
+        """
+        return self
 
     def parameters(self) -> dict[str, Any]:
         """The settings, for reports."""

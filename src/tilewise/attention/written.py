@@ -52,7 +52,8 @@ def check_plans(method: Method) -> None:
     """Raise ValueError when the method cannot plan a short causal call: some settings are only used, and so only
     checked, when there is something to plan."""
     try:
-        plan(method, *torch.zeros(2, 1, 1, 2, 8), mask="causal")
+        q, k, v = torch.zeros(3, 1, 1, 2, 8)
+        plan(method, q, k, mask="causal", v=v)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{type(method).__name__} cannot plan: {error}") from error
 

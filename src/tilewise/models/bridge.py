@@ -88,7 +88,7 @@ class Bridge:
         given = self.plans.get(layer) if self.plans is not None else None
         if given is None and (self.observer or self.plans is not None):
             _check_mode(method, query, key)
-            given = make_plan(method, query, key, mask=mask, scale=scaling)
+            given = make_plan(method, query, key, mask=mask, scale=scaling, v=value)
             if self.plans is not None:
                 given = self.plans[layer] = given.unrounded()
         start = clock(query.device) if self.observer else 0.0
