@@ -292,8 +292,21 @@ def test_what_does_not_fit_is_refused():
         ChunkLLM(3)
     with pytest.raises(ValueError, match="this ChunkAdapters is for 4 query heads, 2 kv heads"):
         attend(q, q, q, ChunkLLM(adapters), mask="causal")
-    with pytest.raises(ValueError, match="does not support decode"):
+    with pytest.raises(ValueError, match="decodes with the state of the 39 tokens before.*it has none"):
         attend(q[:, :, :1], k, v, ChunkLLM(adapters), mask="causal")
+    with pytest.raises(ValueError, match="does not support chunked prefill"):
+        attend(q[:, :, :2], k, v, ChunkLLM(adapters), mask="causal")
+    _, state = ChunkLLM(adapters).start(q[:, :, :30], k[:, :, :30], v[:, :, :30])
+    for method in (ChunkLLM(adapters, state=state), ChunkLLM(adapters, every=True).with_state(state)):
+        with pytest.raises(
+            ValueError, match="of the 39 tokens before, and without every=True; it has that of 30"
+        ):
+            attend(q[:, :, :1], k, v, method, mask="causal")
+    with pytest.raises(ValueError, match="goes on token by token, this is token 40 after 30"):
+        ChunkLLM(adapters).carry(q[:, :, :1], k, Causal().bind(1, 40), state)
+    with pytest.raises(ValueError, match="without padding"):
+        mask = Causal() & Padding(torch.arange(40).ge(3).unsqueeze(0))
+        ChunkLLM(adapters).carry(q, k, mask.bind(40, 40), None)
     with pytest.raises(ValueError, match="one sequence of at least one token"):
         ChunkLLM(adapters).start(q[:, :, :0], k[:, :, :0], v[:, :, :0])
     with pytest.raises(ValueError, match=r"ends must be bool \[40\] with an end before the last token"):
