@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from tests import tiny
 from tests.conformance.common import qkv
 from tilewise.attention import Layout
+from tilewise.attention import scores as scores_module
 from tilewise.attention.gates import (
     BlockGate,
     BlockLoss,
@@ -28,7 +29,6 @@ from tilewise.attention.gates import (
     chunk_loss,
     fit,
 )
-from tilewise.attention.gates import block_gate as block_gate_module
 from tilewise.attention.gates.rotary import frequencies, resampled, turn
 from tilewise.attention.gates.store import describe, rebuild
 from tilewise.errors import UserError
@@ -149,7 +149,7 @@ def test_hidden_keys_do_not_enter_whatever_they_hold():
 )
 @pytest.mark.parametrize("at_once", [1, 1000, 10**9])
 def test_true_max_is_its_definition_whatever_the_pieces(mask, at_once, monkeypatch):
-    monkeypatch.setattr(block_gate_module, "AT_ONCE", at_once)
+    monkeypatch.setattr(scores_module, "IN_CACHE", at_once)
     q, k, _ = qkv(heads=4, kv_heads=2, n_q=50)
     layout = _layout(q, k, 8, mask)
     got = TrueMax().score(layout, layout.kinds() != NONE)
@@ -175,7 +175,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_a_lesson_holds_nothing_n_by_n(monkeypatch):
-    monkeypatch.setattr(block_gate_module, "AT_ONCE", 1 << 16)
+    monkeypatch.setattr(scores_module, "IN_CACHE", 1 << 16)
     n, gate = 1024, BlockGate(8, 4, 2, 6)
     q, k, _ = qkv(heads=4, kv_heads=2, n_q=n, dtype=torch.float32)
     with _Largest() as largest:
