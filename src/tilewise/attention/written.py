@@ -23,6 +23,19 @@ def as_data(method: Method) -> dict[str, Any]:
     return _written(method, "method")
 
 
+def settings(method: Method) -> dict[str, Any]:
+    """A method's settings as plain data, for reports; what cannot be written as such by the name of its class."""
+    found = {}
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        if field.repr:
+            value = getattr(method, field.name)
+            try:
+                found[field.name] = _written(value, field.name)
+            except TypeError:
+                found[field.name] = type(value).__name__
+    return found
+
+
 def _written(value: Any, place: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise TypeError(f"{place} is {value}, which data in files cannot hold")

@@ -26,7 +26,7 @@ def patch(
     model: PreTrainedModel,
     attention: Method | str | os.PathLike[str] | ModelRecipe | Mapping[int, Method | str],
     *,
-    decode: Method | str | Mapping[int, Method | str] = "dense",
+    decode: Method | str | ModelRecipe | Mapping[int, Method | str] = "dense",
     layers: Iterable[int] | None = None,
     engine: str = "auto",
     check: bool = True,
@@ -42,8 +42,8 @@ def patch(
         attention: a method for prompts (calls of several queries), or a mapping from layer index to method,
             or a recipe for the whole model, itself or the file it is in (a path, or a text that ends in .json).
         decode: the method for calls of one query, in the layers that are changed, or a mapping from layer index to
-            method, other layers being dense. A method that carries a state (`Method.carry`) has one in each layer,
-            from the prompt that was read last in this block.
+            method, or a recipe, other layers being dense. A method that carries a state (`Method.carry`) has one in
+            each layer, from the prompt that was read last in this block.
         layers: indices of the layers to change, all when None; the others stay dense.
         engine: as in `attend`.
         check: run the leak check: changing later tokens must leave earlier logits as they are. Two short
@@ -129,7 +129,7 @@ def _per_layer(model: PreTrainedModel, attention, layers: Iterable[int] | None) 
     if is_recipe(attention):
         attention = read_recipe(attention)
     if isinstance(attention, ModelRecipe):
-        if attention.layers != count:
+        if attention.layers not in (None, count):
             raise UserError(f"the recipe is for a model of {attention.layers} layers, this one has {count}")
         attention = attention.methods
     if not isinstance(attention, Mapping):
@@ -150,7 +150,7 @@ def _method(method: Method | str) -> Method:
 
 
 def _decoders(model: PreTrainedModel, decode: Any) -> dict[int, Method] | Method:
-    if not isinstance(decode, Mapping):
+    if not isinstance(decode, (Mapping, ModelRecipe)):
         return _decoder(decode)
     return {layer: _decoder(method) for layer, method in _per_layer(model, decode, None).items()}
 

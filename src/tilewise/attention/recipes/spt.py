@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class SharedCodes(Method):
     codebooks: Tensor = field(repr=False, compare=False)
     share: float = 1 / 8
     reads = "codes of q and k"
+    needs = "codebooks"
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         if not k.shape[2]:
@@ -116,6 +118,8 @@ class SPT(nn.Module):
     Raises ValueError for settings that do not fit, and when a call has another head_dim.
     """
 
+    kind: ClassVar[str] = "codes"
+
     def __init__(
         self, head_dim: int, *, subspaces: int = 8, codewords: int = 16, share: float = 1 / 8
     ) -> None:
@@ -127,7 +131,7 @@ class SPT(nn.Module):
             raise ValueError(f"head_dim must be a multiple of {subspaces} subspaces, got {head_dim}")
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1], got {share!r}")
-        self.share = share
+        self.head_dim, self.subspaces, self.codewords, self.share = head_dim, subspaces, codewords, share
         self.codebooks = nn.Parameter(torch.randn(subspaces, codewords, head_dim // subspaces))
 
     @torch.no_grad()
@@ -168,6 +172,10 @@ class SPT(nn.Module):
         return torch.cat(
             [checkpoint(_listed, x, k, v, own, factor, use_reentrant=False) for x, own in parts], 2
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What it is made with, for a file's header."""
+        return {name: getattr(self, name) for name in ("head_dim", "subspaces", "codewords", "share")}
 
     def method(self) -> SharedCodes:
         """The method with these codebooks, to be given to `attend`."""
