@@ -4,8 +4,8 @@
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
 `bench-attention` and `bench-recurrence` from benchmarks/results, as do `precision`, `adaptive` and `selection`;
-`video` from what training/train_video.py measured; `counts` from the package itself. With --check nothing is
-written: exit code 1 names the pages that are out of date.
+`video` from what training/train_video.py measured; `counts` and `left-out` from the package itself. With --check
+nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewise import attention, papers
+from tilewise.compare.catalogue import left_out
 from tilewise.recurrence import MIXERS
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +179,14 @@ def counts() -> str:
     )
 
 
+def left_out_table() -> str:
+    """Papers about attention that `tilewise compare --methods all` has no row for, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for key, why in left_out().items():
+        by_reason.setdefault(why, []).append(f"`{key}`")
+    return rows(["paper", "why not"], ([", ".join(keys), why] for why, keys in sorted(by_reason.items())))
+
+
 def _compare_row(method: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     def show(key: str, form: str) -> str:
         return "–" if method.get(key) is None else form.format(method[key])
@@ -221,6 +230,7 @@ def main(arguments: Sequence[str]) -> int:
         "bench-attention": bench,
         "bench-recurrence": bench_table(ROOT / "benchmarks/results/recurrence.json"),
         "counts": counts(),
+        "left-out": left_out_table(),
         "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),
         "video": video_tables(ROOT / "training/video_results.json"),
     }

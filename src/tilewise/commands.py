@@ -50,7 +50,7 @@ def compare(
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text to run on.")] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated names or recipe files, or all; dense always runs first."),
+        typer.Option(help="Comma-separated names, recipe or gates files, or all; dense always runs first."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,

@@ -13,7 +13,7 @@ from tilewise.attention import Pass, Plan, attend, plan
 from tilewise.attention.gates import ChunkAdapters, Gates, chunk_lesson, chunk_loss, fit
 from tilewise.attention.gates import chunks as chunks_module
 from tilewise.attention.recipes.chunk_llm import ChunkLLM, best
-from tilewise.tiles import Causal, TileMap, Tiling
+from tilewise.tiles import Causal, Padding, TileMap, Tiling
 
 N, LAYERS = 1024, (2, 4, 5)
 LEARNT = 96_000  # bytes of the sample that adapters learn from

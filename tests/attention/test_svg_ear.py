@@ -176,13 +176,13 @@ def test_exact_tiles_are_those_of_the_largest_errors_that_the_budget_buys(values
     Control: the choice of another power of the cost, or without values, is another.
     """
     q, k, v = qkv(1, 4, 2, 200)
-    method = SVGEAR(replace(CLUSTERS, keys=20), gamma, v if values else None)
+    method = SVGEAR(replace(CLUSTERS, keys=20), gamma=gamma, weights_only=not values, values=v)
     made = plan(method, q, k)
     one = made.passes[0]
     keep, sizes = one.tiles.keep, one.tiles.k_tiling.sizes(200, "cpu").repeat_interleave(2, 1)
     at = Arrangement(one.tiles.q_tiling, one.tiles.k_tiling, one.q_order, one.k_order)
     layout = Layout.arranged(at, q, k, made.view, 8**-0.5)
-    errors = MeansError(method.values, gamma).score(layout, layout.kinds() != NONE)
+    errors = MeansError(v, gamma, weights_only=not values).score(layout, layout.kinds() != NONE)
     mass = MeanPool(counted=True).score(layout, layout.kinds() != NONE)
     bought = plan(method.clusters, q, k).passes[0].tiles.keep
     for head in range(4):
@@ -201,7 +201,7 @@ def test_exact_tiles_are_those_of_the_largest_errors_that_the_budget_buys(values
                 taken.add(j)
                 left -= int(sizes[0, head, j])
             assert set(keep[0, head, row].nonzero().flatten().tolist()) == taken
-    for other in (replace(method, gamma=1 - gamma), replace(method, values=None if values else v)):
+    for other in (replace(method, gamma=1 - gamma), replace(method, weights_only=values)):
         assert not torch.equal(plan(other, q, k).passes[0].tiles.keep, keep)
 
 

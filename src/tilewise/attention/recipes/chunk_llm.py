@@ -66,7 +66,7 @@ class ChunkLLM(Method):
 
     How many chunks there are is known once the adapters ran, so a graph of `torch.compile` can hold a plan made
     before, but not the choice. Raises ValueError for that, for other settings, for several queries that are not a
-    whole prompt, for one without the state of the tokens before it, and when the layer's sizes are not the adapters'.
+    whole prompt, for one without the state of the tokens before it, and when the adapters are for other sizes.
     """
 
     adapters: ChunkAdapters
