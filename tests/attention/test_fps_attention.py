@@ -35,6 +35,13 @@ def steps_of(x: Tensor, largest: Tensor) -> Tensor:
     return (y / unit).round() * unit * (largest.double() / 448)  # round() is to even
 
 
+def half_way(x: Tensor, largest: Tensor) -> Tensor:
+    """Numbers so near the middle of two steps that the rounding of their scale in float32 decides."""
+    y = x.double() / (largest.double() / 448)
+    parts = y / 2.0 ** (y.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    return ((parts - parts.floor()) - 0.5).abs() < 64 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.evidence
 def test_a_box_of_the_video_has_one_scale_and_is_one_tile():
     """The scales are those of exactly the tiles that are computed or not, as many as there are boxes.
@@ -52,10 +59,10 @@ def test_a_box_of_the_video_has_one_scale_and_is_one_tile():
         2, boxes.flatten().expand(1, 4, -1), largest.repeat_interleave(32, 2)
     )
     call = made.calls(q, k, v, None, 1.0, None, False)[0]
-    torch.testing.assert_close(call.q.double(), steps_of(q, per_token.unsqueeze(3)), rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(
-        call.v.double(), steps_of(v, v.abs().amax(2, keepdim=True)), rtol=2e-6, atol=1e-7
-    )
+    for x, got, most in ((q, call.q, per_token.unsqueeze(3)), (v, call.v, v.abs().amax(2, keepdim=True))):
+        clear = ~half_way(x, most)
+        assert clear.float().mean() > 0.999
+        torch.testing.assert_close(got[clear].double(), steps_of(x, most)[clear], rtol=2e-6, atol=1e-7)
     assert one.tiles.keep.shape[2:] == (64, 64) and call.weights == torch.float8_e4m3fn
     tile = one.tiles.q_tiling.ids(2048, "cpu").flatten()
     in_line = one.q_order.flatten() // 32

@@ -129,7 +129,7 @@ OF_LAST_TOKENS = {
     **{(n, k): f"there are {k} tokens, so at most as many queries, got {n}" for n, k in ((33, 5), (40, 1))},
 }
 BY_HALVES = "by halves needs as many queries as keys, got {} and {}"
-WHOLE_PROMPTS = "reads whole prompts, or with step one token: {} queries, {} keys"
+WHOLE_PROMPTS = "reads whole prompts, or with a state one token: {} queries, {} keys"
 MORE_QUERIES = ((33, 5), (40, 1), (7, 0))
 
 CASES = {
@@ -187,7 +187,9 @@ CASES |= {
     "chunks": Case(
         chunks(),
         chunks(top_k=10**6),
-        refuses={pair: WHOLE_PROMPTS.format(*pair) for pair in MORE_QUERIES},
+        # Token by token it goes on from a state: test_chunk_llm.py.
+        refuses={pair: WHOLE_PROMPTS.format(*pair) for pair in MORE_QUERIES}
+        | {(1, 40): "decodes with the state of the 39 tokens before"},
         # It cuts where its adapters say, so how many tiles there are is not known before it ran.
         compiled=None,
     ),
