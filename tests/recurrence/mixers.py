@@ -9,5 +9,9 @@ WIDTH = 32
 SETTINGS: dict[str, dict[str, Any]] = {
     "delta-net": {"heads": 2},
     "gated-delta-net": {"heads": 2, "reach": 2.0},
+    "diagonal-attention": {"heads": 2, "block": 16},
     "gla": {"heads": 2, "rank": 4},
+    "lightning": {"heads": 2, "lrpe": True},
+    "mlstm-sig": {"heads": 2, "chunk": 64, "input_bias": -2.0},
+    "norm-attention": {"heads": 2},
 }

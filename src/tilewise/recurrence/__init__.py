@@ -3,28 +3,51 @@
 from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.gla import GLA
+from tilewise.recurrence.lightning import (
+    LRPE,
+    SGLU,
+    TNL,
+    Lightning,
+    LightningState,
+    lightning_attention,
+    slopes,
+)
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
+from tilewise.recurrence.mlstm_sig import MLSTMSig
 from tilewise.recurrence.model import MIXERS, Block, ModelConfig, SequenceModel, SwiGLU, mixer
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
+from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
 
 __all__ = [
     "MIXERS",
+    "MLSTMSig",
     "Block",
+    "BlockState",
     "Carried",
     "DeltaNet",
+    "DiagonalAttention",
     "GLA",
     "GatedDeltaNet",
     "HeadNorm",
+    "LRPE",
+    "Lightning",
+    "LightningState",
     "Mixer",
     "MixerState",
     "ModelConfig",
+    "NormAttention",
+    "SGLU",
     "SequenceModel",
     "ShortConv",
     "State",
     "SwiGLU",
+    "TNL",
+    "TransNormer",
     "empty_state",
     "explain",
+    "lightning_attention",
     "mixer",
     "scan",
+    "slopes",
 ]
