@@ -3,6 +3,7 @@
 from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.gla import GLA
+from tilewise.recurrence.initial_state import InitialState, tune_initial_state
 from tilewise.recurrence.lightning import (
     LRPE,
     SGLU,
@@ -30,6 +31,7 @@ __all__ = [
     "GLA",
     "GatedDeltaNet",
     "HeadNorm",
+    "InitialState",
     "LRPE",
     "Lightning",
     "LightningState",
@@ -50,4 +52,5 @@ __all__ = [
     "mixer",
     "scan",
     "slopes",
+    "tune_initial_state",
 ]
