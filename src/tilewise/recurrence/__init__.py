@@ -16,6 +16,8 @@ from tilewise.recurrence.lightning import (
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
 from tilewise.recurrence.mlstm_sig import MLSTMSig
 from tilewise.recurrence.model import MIXERS, Block, ModelConfig, SequenceModel, SwiGLU, mixer
+from tilewise.recurrence.per_channel import elementwise
+from tilewise.recurrence.rat import RAT, RATState
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
@@ -40,12 +42,15 @@ __all__ = [
     "ModelConfig",
     "NormAttention",
     "SGLU",
+    "RAT",
+    "RATState",
     "SequenceModel",
     "ShortConv",
     "State",
     "SwiGLU",
     "TNL",
     "TransNormer",
+    "elementwise",
     "empty_state",
     "explain",
     "lightning_attention",
