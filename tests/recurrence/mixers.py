@@ -14,5 +14,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lightning": {"heads": 2, "lrpe": True},
     "mlstm-sig": {"heads": 2, "chunk": 64, "input_bias": -2.0},
     "norm-attention": {"heads": 2},
+    "lact": {"heads": 2, "memories": 2, "chunk": 16, "rate": 0.1},
     "rat": {"heads": 4, "chunk": 8, "groups": 2},
 }

@@ -2,6 +2,7 @@
 
 from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
+from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.initial_state import InitialState, tune_initial_state
 from tilewise.recurrence.lightning import (
@@ -13,6 +14,7 @@ from tilewise.recurrence.lightning import (
     lightning_attention,
     slopes,
 )
+from tilewise.recurrence.lact import LaCT, LaCTState
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
 from tilewise.recurrence.mlstm_sig import MLSTMSig
 from tilewise.recurrence.model import MIXERS, Block, ModelConfig, SequenceModel, SwiGLU, mixer
@@ -37,6 +39,12 @@ __all__ = [
     "LRPE",
     "Lightning",
     "LightningState",
+    "FastWeights",
+    "GLA",
+    "GatedDeltaNet",
+    "HeadNorm",
+    "LaCT",
+    "LaCTState",
     "Mixer",
     "MixerState",
     "ModelConfig",
@@ -55,6 +63,8 @@ __all__ = [
     "explain",
     "lightning_attention",
     "mixer",
+    "orthogonal",
+    "read_chunk",
     "scan",
     "slopes",
     "tune_initial_state",
