@@ -132,7 +132,7 @@ def test_muon_recalls_more_than_plain_descent():
 
 
 def test_a_matrix_over_features_recalls_more_still():
-    """Not the paper's hope: at 64 pairs a delta-rule matrix over 96 learned features, as large a state, does better."""
+    """Not the paper's hope: at 64 pairs a delta-rule matrix over 96 learned features does better."""
     assert share("linear", 4) > share("swiglu", 4) + 0.05 and share("linear", 64) > share("muon", 64) + 0.05
 
 

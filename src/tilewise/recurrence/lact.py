@@ -42,8 +42,8 @@ class LaCT(Mixer):
 
     A token reads the memory as the chunks before its own have left it (apply, then update), and its own chunk by
     causal attention; both share queries, keys and values. At a chunk's end the memory, a SwiGLU network, takes one
-    gradient step on `-f(k) . v` summed over the chunk's tokens, each with its own rates, and the rows of its weights
-    are brought back to the length they began with.
+    gradient step on `-f(k) . v` summed over the chunk's tokens, each with its own rates, and the rows of its
+    weights are brought back to the length they began with.
 
     Differs from the authors' code: attention stays inside the chunk where theirs may slide over its border, the
     memory's arithmetic is float32 or wider throughout, and there is no momentum.
