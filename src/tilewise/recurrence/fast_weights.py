@@ -41,7 +41,8 @@ class FastWeights(Carried):
         """What one step of gradient descent adds: minus the gradient of the tokens' summed losses.
 
         The loss of a token is `-f(k) . v` ("dot") or `|f(k) - v|^2 / 2` ("square"), and counts for each of the
-        three weights by a rate of its own. `k`, `v` are `[S, H, T, D]`, `rates` `[S, H, T, 3]` for gate, up and down.
+        three weights by a rate of its own. `k`, `v` are `[S, H, T, D]`, `rates` `[S, H, T, 3]` for
+        gate, up and down.
         """
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
