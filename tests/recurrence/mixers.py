@@ -7,6 +7,7 @@ from typing import Any
 WIDTH = 32
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "attention": {"heads": 4, "kv_heads": 2},
     "delta-net": {"heads": 2},
     "gated-delta-net": {"heads": 2, "reach": 2.0},
     "diagonal-attention": {"heads": 2, "block": 16},
@@ -16,4 +17,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "norm-attention": {"heads": 2},
     "lact": {"heads": 2, "memories": 2, "chunk": 16, "rate": 0.1},
     "rat": {"heads": 4, "chunk": 8, "groups": 2},
+    "gla": {"heads": 2, "rank": 4, "conv": 3},
+    "kda": {"heads": 2},
+    "linear": {"heads": 2, "conv": 3},
+    "mla": {"heads": 2, "rope_dim": 4, "latent": 12},
+    "mlstm": {"heads": 2, "input_bias": 0.0},
+    "sliding-window": {"heads": 2, "window": 11},
 }

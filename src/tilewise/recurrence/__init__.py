@@ -1,6 +1,7 @@
 """Recurrence: the running state. Linear attention, delta rules, gated networks: one scan, in linear time."""
 
 from tilewise.recurrence.api import empty_state, explain, scan
+from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttention, SlidingWindow
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
@@ -17,6 +18,11 @@ from tilewise.recurrence.lightning import (
 from tilewise.recurrence.lact import LaCT, LaCTState
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
 from tilewise.recurrence.mlstm_sig import MLSTMSig
+from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
+from tilewise.recurrence.kda import KDA
+from tilewise.recurrence.linear_attention import LinearAttention
+from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
+from tilewise.recurrence.mlstm import MLSTM, xlstm_7b
 from tilewise.recurrence.model import MIXERS, Block, ModelConfig, SequenceModel, SwiGLU, mixer
 from tilewise.recurrence.per_channel import elementwise
 from tilewise.recurrence.rat import RAT, RATState
@@ -25,10 +31,15 @@ from tilewise.recurrence.state import Carried, State
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
 
 __all__ = [
+    "KDA",
     "MIXERS",
     "MLSTMSig",
     "Block",
     "BlockState",
+    "MLSTM",
+    "Attention",
+    "Block",
+    "Cache",
     "Carried",
     "DeltaNet",
     "DiagonalAttention",
@@ -45,6 +56,8 @@ __all__ = [
     "HeadNorm",
     "LaCT",
     "LaCTState",
+    "LatentAttention",
+    "LinearAttention",
     "Mixer",
     "MixerState",
     "ModelConfig",
@@ -54,6 +67,7 @@ __all__ = [
     "RATState",
     "SequenceModel",
     "ShortConv",
+    "SlidingWindow",
     "State",
     "SwiGLU",
     "TNL",
@@ -62,10 +76,13 @@ __all__ = [
     "empty_state",
     "explain",
     "lightning_attention",
+    "infinite_vl",
+    "kimi_linear",
     "mixer",
     "orthogonal",
     "read_chunk",
     "scan",
     "slopes",
     "tune_initial_state",
+    "xlstm_7b",
 ]
