@@ -148,7 +148,10 @@ class Attention(_CacheMixer):
         super().__init__()
         dim = check_width(width, heads)
         kv_heads = heads if kv_heads is None else kv_heads
-        check_width(heads, kv_heads, "heads")
+        if not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"kv_heads must be an integer >= 1 that divides heads, got {kv_heads!r} and {heads}"
+            )
         if rope_base is not None and dim % 2:
             raise ValueError(f"rotary positions want heads of an even size, got {dim}")
         self.heads, self.kv_heads, self.dim, self.rope_base = heads, kv_heads, dim, rope_base

@@ -22,7 +22,8 @@ class GLA(Mixer):
         width: of the inputs. heads: their number. key: channels of keys as a share of the width; values have all of
             it.
         rank: of the decay's projection. temper: how slowly decays move, 16 in the paper.
-        conv: width of short convolutions of queries, keys and values; 0 leaves them out, as the paper does.
+        conv: width of short convolutions of queries, keys and values, and `silu` after them; 0 leaves both out, as
+            the paper does.
 
     Raises ValueError for sizes that do not divide.
     """
@@ -51,7 +52,7 @@ class GLA(Mixer):
         packing = {"mask": mask, "cu_seqlens": cu_seqlens}
         parts = [part(x) for part in (self.query, self.key, self.value)]
         parts, tails = convolved(self.convs, parts, None if state is None else state.tails, **packing)
-        q, k, v = (to_heads(part, self.heads) for part in parts)
+        q, k, v = (to_heads(F.silu(part) if tails else part, self.heads) for part in parts)
         decay = F.logsigmoid(wide(to_heads(self.decay(x), self.heads))) / self.temper
         out, after = scan(
             q, k, v, decay=decay, state=None if state is None else state.scan, return_state=True, **packing
