@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.recurrence.recalled import marks, said, trained
 from tilewise.attention.latent.mla import MLA
+from tilewise.data.recall_tasks import mqar, recall_after_forgetting
 from tilewise.recurrence import KDA, LatentAttention, ModelConfig, SequenceModel, kimi_linear, scan
 
 
@@ -132,6 +134,43 @@ def test_finer_gates_hold_what_fades_at_different_paces():
     fine, coarse = misfit(8), misfit(1)
     assert fine < 0.01, fine
     assert coarse > 0.1, coarse
+
+
+def resets(seed: int) -> tuple[Tensor, Tensor]:
+    return recall_after_forgetting(200, 14, resets=4, vocabulary=64, seed=seed)
+
+
+@pytest.mark.evidence
+def test_finer_gates_forget_a_part():
+    """One head, told to forget one of two groups of keys and keep the other: fewer errors than with one decay.
+
+    Both have the same parameters and recipe; `fine=False` takes the mean of a head's steps. One decay is no bar to
+    this task, since corrections can erase too: with four groups both did alike.
+    """
+    fine, coarse = (marks(trained(name), resets) for name in ("kda-fine", "kda-coarse"))
+    found = said(fine=fine, coarse=coarse)
+    assert 1 - fine.min() < 0.75 * (1 - coarse.max()), found
+
+
+@pytest.mark.evidence
+def test_trained_fine_gates_averaged_are_lost():
+    """The same weights with one decay for a head: what the channels had apart was of use."""
+    whole = marks(trained("kda-fine"), resets)
+    averaged = marks(trained("kda-fine", options={"kda": {"heads": 1, "fine": False}}), resets)
+    assert averaged.max() < whole.min() - 0.1, said(whole=whole, averaged=averaged)
+
+
+def many(seed: int) -> tuple[Tensor, Tensor]:
+    return mqar(60, 128, 32, vocabulary=128, seed=seed)
+
+
+@pytest.mark.evidence
+def test_hybrid_recalls_exactly_what_states_alone_do_not():
+    """32 pairs, four layers of four heads of 8: three of KDA and one of MLA, against four of KDA."""
+    hybrid, alone = marks(trained("kimi-linear"), many), marks(trained("kimi-kda"), many)
+    found = said(hybrid=hybrid, alone=alone)
+    assert hybrid.min() > 0.97, found
+    assert 1 - hybrid.min() < 0.25 * (1 - alone.max()), found
 
 
 @pytest.mark.evidence
