@@ -5,7 +5,10 @@ from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttentio
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
+from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
 from tilewise.recurrence.initial_state import InitialState, tune_initial_state
+from tilewise.recurrence.kda import KDA
+from tilewise.recurrence.lact import LaCT, LaCTState
 from tilewise.recurrence.lightning import (
     LRPE,
     SGLU,
@@ -15,14 +18,10 @@ from tilewise.recurrence.lightning import (
     lightning_attention,
     slopes,
 )
-from tilewise.recurrence.lact import LaCT, LaCTState
-from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
-from tilewise.recurrence.mlstm_sig import MLSTMSig
-from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
-from tilewise.recurrence.kda import KDA
 from tilewise.recurrence.linear_attention import LinearAttention
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
 from tilewise.recurrence.mlstm import MLSTM, xlstm_7b
+from tilewise.recurrence.mlstm_sig import MLSTMSig
 from tilewise.recurrence.model import MIXERS, Block, ModelConfig, SequenceModel, SwiGLU, mixer
 from tilewise.recurrence.per_channel import elementwise
 from tilewise.recurrence.rat import RAT, RATState
@@ -31,40 +30,36 @@ from tilewise.recurrence.state import Carried, State
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
 
 __all__ = [
-    "KDA",
-    "MIXERS",
-    "MLSTMSig",
-    "Block",
-    "BlockState",
-    "MLSTM",
     "Attention",
     "Block",
+    "BlockState",
     "Cache",
     "Carried",
     "DeltaNet",
     "DiagonalAttention",
-    "GLA",
-    "GatedDeltaNet",
-    "HeadNorm",
-    "InitialState",
-    "LRPE",
-    "Lightning",
-    "LightningState",
     "FastWeights",
     "GLA",
     "GatedDeltaNet",
     "HeadNorm",
+    "InitialState",
+    "KDA",
+    "LRPE",
     "LaCT",
     "LaCTState",
     "LatentAttention",
+    "Lightning",
+    "LightningState",
     "LinearAttention",
+    "MIXERS",
+    "MLSTM",
+    "MLSTMSig",
     "Mixer",
     "MixerState",
     "ModelConfig",
     "NormAttention",
-    "SGLU",
     "RAT",
     "RATState",
+    "SGLU",
     "SequenceModel",
     "ShortConv",
     "SlidingWindow",
@@ -75,9 +70,9 @@ __all__ = [
     "elementwise",
     "empty_state",
     "explain",
-    "lightning_attention",
     "infinite_vl",
     "kimi_linear",
+    "lightning_attention",
     "mixer",
     "orthogonal",
     "read_chunk",

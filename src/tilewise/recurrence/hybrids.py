@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tilewise.recurrence.model import ModelConfig
 
 
@@ -20,7 +22,10 @@ def kimi_linear(
     Differs from the paper's model in its channel mixers, which are SwiGLU and not experts, and in the size of
     everything. Give it to `SequenceModel`. Raises ValueError for a number of blocks below 1.
     """
-    options = {"kda": {"heads": heads}, "mla": {"heads": heads, "latent": latent, "rope_dim": 0}}
+    options: dict[str, dict[str, Any]] = {
+        "kda": {"heads": heads},
+        "mla": {"heads": heads, "latent": latent, "rope_dim": 0},
+    }
     return ModelConfig(vocabulary, width, ("kda", "kda", "kda", "mla") * _positive(blocks), options)
 
 
@@ -46,7 +51,7 @@ def infinite_vl(
     Positions are those of text, not by axis. Give it to `SequenceModel`. Raises ValueError for a number of blocks
     below 1.
     """
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "sliding-window": {"heads": heads, "kv_heads": kv_heads, "window": window},
         "gated-delta-net": {"heads": heads},
     }
