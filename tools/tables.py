@@ -105,7 +105,7 @@ def selection_tables(path: Path) -> str:
     if not path.exists():
         return "*No run is recorded yet.*"
     run = json.loads(path.read_text(encoding="utf-8"))
-    parts = []
+    parts, single = [], []
     for name in dict.fromkeys(row["input"] for row in run["rows"]):
         mine = [row for row in run["rows"] if row["input"] == name]
         body = []
@@ -113,6 +113,12 @@ def selection_tables(path: Path) -> str:
             points = sorted(
                 (row["density"], row["error"], 1 / row["speedup"]) for row in mine if row["method"] == method
             )
+            if len(points) == 1:
+                density, error, time = points[0]
+                single.append(
+                    f"`{method}` on {name}: {density:.0%} of the scores, error {error:.3f}, time {time:.2f}"
+                )
+                continue
             errors = [between(points, density, 1) for density in DENSITIES]
             time = between(points, 0.2, 2)
             body.append([f"`{method}`", *("–" if x is None else f"{x:.3f}" for x in errors)])
@@ -127,6 +133,7 @@ def selection_tables(path: Path) -> str:
         + f"\n\nRelative error of attention's output at these densities, between measured settings"
         f" on a straight line of logarithms, means over layers; and time to choose and attend over that of dense"
         f" attention. {run['tokens']:,} bytes of text, {where}, {run['created'][:10]}."
+        + ("\n\nOf one setting: " + "; ".join(single) + "." if single else "")
     )
 
 
