@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 export NO_MKDOCS_2_WARNING := 1
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup compare test evidence check check-native docs bench clean
+.PHONY: help setup compare test evidence check check-native docs bench figures clean
 # Timings and the two test workers want the machine to themselves, so -j must not mix the targets.
 .NOTPARALLEL:
 
@@ -20,6 +20,7 @@ help:
 	@echo "make check-native  the native engine's tests under sanitizers"
 	@echo "make docs      regenerate the tables and build the site into site/"
 	@echo "make bench     every script of benchmarks/"
+	@echo "make figures   every recorded run again, one after the other (an hour and more; a quiet machine)"
 	@echo "make setup     only the virtual environment in .venv (PYTHON=$(PYTHON))"
 	@echo "make clean     remove what was built; .venv stays"
 
@@ -66,6 +67,14 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	@for script in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script || exit 1; done
+
+# ONLY=compare-all records that run alone. An interrupted selection goes on where it was; RESUME= measures it anew.
+RESUME ?= --resume
+figures: $(STAMP)
+	$(BIN)/python tools/record.py $(ONLY)
+	$(if $(ONLY),,$(BIN)/python benchmarks/selection.py $(RESUME))
+	$(if $(ONLY),,$(BIN)/python tools/figures.py)
+	$(BIN)/python tools/tables.py
 
 clean:
 	rm -rf build dist site reports src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
