@@ -1,6 +1,6 @@
 """Trains the small models of tests/recurrence that recall pairs, and their controls.
 
-    python training/train_recall.py            # all of them, about five minutes of one core
+    python training/train_recall.py            # all of them, about two minutes of one core
     python training/train_recall.py kda-fine   # these
 
 One thread, fixed seeds: the same machine and version of PyTorch give the same weights. A model and its control see
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tilewise.data.recall_tasks import IGNORE, accuracy, mqar, recall_after_forgetting
-from tilewise.recurrence import ModelConfig, SequenceModel, infinite_vl, kimi_linear
+from tilewise.recurrence import ModelConfig, SequenceModel
 
 WEIGHTS = Path(__file__).parent.parent / "tests/recurrence/weights"
 TOKENS = 2048  # a step
@@ -76,9 +76,6 @@ def one(mixer: str, **options) -> ModelConfig:
 RETOLD = tuple(pairs(count, writes=2) for count in (4, 8, 16))
 EASIER = (pairs(1, writes=2), pairs(2, writes=2), *RETOLD)
 RESETS = (forgetting(4, 1), forgetting(8, 2), forgetting(14, 4))
-FAR = tuple(pairs(count, gap=gap, vocabulary=64) for count, gap in ((8, 0), (8, 24), (8, 48), (8, 96)))
-MANY = tuple(pairs(count) for count in (8, 16, 32))
-LOCAL = {"heads": 2, "window": 16}
 
 RUNS: dict[str, Run] = {
     "delta-retold": Run(one("delta-net"), RETOLD, 900),
@@ -86,10 +83,6 @@ RUNS: dict[str, Run] = {
     "gla-retold": Run(one("gla", key=1.0, conv=4), EASIER, 2500),  # it is slower to learn
     "kda-fine": Run(dataclasses.replace(one("kda"), vocabulary=64), RESETS, 1200),
     "kda-coarse": Run(dataclasses.replace(one("kda", fine=False), vocabulary=64), RESETS, 1200),
-    "infinite-vl": Run(infinite_vl(64, 32, heads=2, window=16), FAR, 800),
-    "infinite-window": Run(ModelConfig(64, 32, ("sliding-window",) * 4, {"sliding-window": LOCAL}), FAR, 800),
-    "kimi-linear": Run(kimi_linear(128, 32, heads=4), MANY, 900),
-    "kimi-kda": Run(ModelConfig(128, 32, ("kda",) * 4, {"kda": {"heads": 4}}), MANY, 900),
 }
 
 

