@@ -46,7 +46,8 @@ def test_a_stream_in_pieces_is_the_whole():
 
 @pytest.mark.evidence
 def test_states_carry_what_windows_cannot_reach():
-    """A token 200 places back changes the next prediction; in four layers of windows of 16, which reach 60, it cannot.
+    """A token 200 places back changes the next prediction; in four layers of windows of 16, which reach 60, it
+    cannot.
 
     And dropping the states between two calls drops what it said.
     """
