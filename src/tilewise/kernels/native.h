@@ -24,6 +24,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 namespace tilewise {
 
 using at::BFloat16;
@@ -231,6 +235,22 @@ inline Floats exp2_of(Floats x) {
   const Words bits = same_bits<Words>(p) + (same_bits<Words>(shifted) << 23);  // the integer, added to the exponent
   return same_bits<Floats>(x < -126.f ? Words{} : bits);
 }
+
+// While it lives, this thread takes numbers that float32 holds only with fewer bits for 0: decays that fade out make
+// many of them, and processors that work on them slowly are common.
+class FlushSubnormals {
+ public:
+#if defined(__SSE__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushSubnormals() {}
+  ~FlushSubnormals() {}
+#endif
+};
 
 // ----------------------------------------------------------------------------------------- matrix products
 // c [m, n] (+)= a [m, k] b [k, n], row by row; b in bfloat16 is packed in pairs of rows, [k / 2, n, 2].
