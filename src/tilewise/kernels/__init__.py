@@ -71,7 +71,7 @@ def engines() -> list[str]:
 
 
 # The library that each folder's native engine is compiled into.
-NATIVE = {"attend_tiles": "attention", "scan": "scan"}
+NATIVE = {"attend_tiles": "attention", "scan": "scan", "selective_scan": "selective_scan"}
 
 
 def natives() -> dict[str, Sequence[Path]]:

@@ -18,6 +18,7 @@ from tilewise.kernels.selective_scan import op
 from tilewise.kernels.selective_scan.call import Call
 
 LIBRARY = Library("selective_scan", Path(__file__).parent, tensors=19, numbers=1)
+SOURCES = LIBRARY.sources
 
 
 def refuse(call: Call) -> str | None:
