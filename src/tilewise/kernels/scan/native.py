@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tilewise.kernels.library import Library
+from tilewise.kernels.library import KernelLibrary
 from tilewise.kernels.scan import op
 from tilewise.kernels.scan.call import Call
 
-LIBRARY = Library("scan", Path(__file__).parent, tensors=17, numbers=5)
+LIBRARY = KernelLibrary("scan", Path(__file__).parent, tensors=17, numbers=5)
 SOURCES = LIBRARY.sources
 
 

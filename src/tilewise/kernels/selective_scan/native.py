@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tilewise.kernels.library import Library
+from tilewise.kernels.library import KernelLibrary
 from tilewise.kernels.selective_scan import op
 from tilewise.kernels.selective_scan.call import Call
 
-LIBRARY = Library("selective_scan", Path(__file__).parent, tensors=19, numbers=1)
+LIBRARY = KernelLibrary("selective_scan", Path(__file__).parent, tensors=19, numbers=1)
 SOURCES = LIBRARY.sources
 
 
