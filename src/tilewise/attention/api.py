@@ -123,15 +123,19 @@ def plan(
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which engine runs each pass of a call, and why each other engine does not."""
+    """Which engine runs each pass of a call, and why each other engine does not; `choices`: the same of engines
+    that choose keys for it."""
 
     method: str
     passes: tuple[tuple[str, Mapping[str, str]], ...]
+    choices: tuple[tuple[str, Mapping[str, str]], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.method}: {len(self.passes)} pass" + ("es" if len(self.passes) != 1 else "")]
-        for number, (engine, refused) in enumerate(self.passes, 1):
-            lines.append(f"  pass {number} runs on {engine}")
+        said = [(f"choice {number} of keys", *choice) for number, choice in enumerate(self.choices, 1)]
+        said += [(f"pass {number}", *one) for number, one in enumerate(self.passes, 1)]
+        for what, engine, refused in said:
+            lines.append(f"  {what} runs on {engine}")
             lines += [f"    not {name}: {reason}" for name, reason in refused.items()]
         return "\n".join(lines)
 
@@ -155,7 +159,8 @@ def explain(
     q, k = _extend(q, k, bias, scale, softcap)
     choices = made.explain(q, k, v, engine, bias=added, scale=scale, softcap=softcap, need_lse=return_lse)
     name = "a given plan" if isinstance(method, Plan) else str(as_method(method))
-    return Explanation(name, tuple((c.engine, c.refused) for c in choices))
+    passes, chosen = (tuple((c.engine, c.refused) for c in some) for some in (choices, made.choices))
+    return Explanation(name, passes, chosen)
 
 
 def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scale: float) -> Plan:
