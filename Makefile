@@ -57,6 +57,7 @@ check-native: $(STAMP)
 	@CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined" \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_uneven_and_ordered.py \
+	tests/kernels/test_choose_keys.py tests/attention/test_reads.py \
 	tests/conformance/test_rounded.py \
 	tests/kernels/test_scan.py \
 	-k "not resident_memory and not finite and not compiles and not longer_chunks and not is_that_of_the_tokens and not lesser_machines and not definition and (native or decoding or every_cut or bias or threads or spans or softcap or scores or bits or stands or failures or lengths or packed or sizes or grouped or chunks)"

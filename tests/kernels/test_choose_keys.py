@@ -83,7 +83,7 @@ def _some_call(kind: str, dtype: torch.dtype) -> Call:
 @pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_definition(kind, dtype, engine):
+def test_every_engine_means_the_same(kind, dtype, engine):
     for _ in range(40):
         call = _some_call(kind, dtype)
         got, want = choose_keys(call, engine), choose_keys(call, "definition")

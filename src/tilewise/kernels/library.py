@@ -106,7 +106,7 @@ class KernelLibrary(Library):
         super().__init__(name, sources, (f"tilewise_{name}_words", GRID * tensors + numbers))
         self.tensors = tensors
 
-    def call(self, entry: str, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
+    def run(self, entry: str, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
         """Run an entry point; trailing tensors that are not given count as None. RuntimeError if it fails."""
         words = array.array("q")
         for x in (*tensors, *[None] * (self.tensors - len(tensors))):
@@ -116,4 +116,4 @@ class KernelLibrary(Library):
             words.extend(struct.unpack("q", packed))
         if len(words) != self.call_words[1]:
             raise RuntimeError(f"{self.name} expects {self.call_words[1]} words, got {len(words)}")
-        self.run(f"tilewise_{self.name}_{entry}", words)
+        self.call(f"tilewise_{self.name}_{entry}", words)

@@ -47,7 +47,7 @@ def _call_library(entry: str, call: Call, *made: Tensor | None) -> None:
     """Run an entry point on the call and the tensors `made` for it, in the order of native_call.h."""
     tensors = (call.q, call.k, call.v, call.decay, call.beta, call.state, call.offsets, *made)
     settings = (torch.get_num_threads(), int(call.rule == "delta"), int(call.by_channel), call.chunk or 0)
-    LIBRARY.call(entry, tensors, *settings, float(call.scale))
+    LIBRARY.run(entry, tensors, *settings, float(call.scale))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out = (call.x.new_empty if call.offsets is None else call.x.new_zeros)(call.x.shape)
     after = call.x.new_empty(call.state_shape(), dtype=torch.float32)
     if after.numel() or out.numel():
-        LIBRARY.call("forward", [*_given(call), out, after], torch.get_num_threads())
+        LIBRARY.run("forward", [*_given(call), out, after], torch.get_num_threads())
     return out, after
 
 
@@ -68,7 +68,7 @@ def backward(call: Call, d_out: Tensor, d_state: Tensor) -> op.Gradients:
         None if one is None else one.new_empty(one.shape) for one in (call.A, call.D, call.state)
     )
     made = (d_x, d_delta, d_A, d_B, d_C, d_D, d_first)
-    LIBRARY.call("backward", [*_given(call), None, None, d_out, d_state, *made], torch.get_num_threads())
+    LIBRARY.run("backward", [*_given(call), None, None, d_out, d_state, *made], torch.get_num_threads())
     return made  # type: ignore[return-value]
 
 
