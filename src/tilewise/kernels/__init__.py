@@ -70,12 +70,10 @@ def engines() -> list[str]:
     return list(ENGINES)
 
 
-# The library that each folder's native engine is compiled into.
-NATIVE = {"attend_tiles": "attention", "scan": "scan", "selective_scan": "selective_scan"}
+NATIVE = ("attend_tiles", "choose_keys", "scan", "selective_scan")  # kernels with a native engine
 
 
 def natives() -> dict[str, Sequence[Path]]:
     """The sources of every native engine, by the name of its library."""
-    return {
-        name: import_module(f"tilewise.kernels.{folder}.native").SOURCES for folder, name in NATIVE.items()
-    }
+    libraries = [import_module(f"tilewise.kernels.{name}.native").LIBRARY for name in NATIVE]
+    return {library.name: library.sources for library in libraries}

@@ -96,8 +96,8 @@ def _warn(reason: str) -> None:
 class KernelLibrary(Library):
     """The library of a kernel whose calls are tensors and then numbers, built from the C++ in its folder.
 
-    Entry points are `int tilewise_NAME_ENTRY(const void* call, char* message, int64_t room)`, where `call` is a struct
-    of `tensors` Grids and then `numbers` words; `tilewise_NAME_words()` says how many words it expects.
+    Entry points are `int tilewise_NAME_ENTRY(const void* call, char* message, int64_t room)`, where `call` is a
+    struct of `tensors` Grids and then `numbers` words; `tilewise_NAME_words()` says how many words it expects.
     """
 
     def __init__(self, name: str, folder: Path, *, tensors: int, numbers: int) -> None:
