@@ -54,14 +54,15 @@ def gate(kind: type, **sizes: int):
 
 
 def seer(**settings) -> Make:
-    return lambda q, k: SeerAttention(gate(BlockGate, **shapes(q, k), width=6), tile=16, **settings)
+    return lambda q, k: SeerAttention(gate=gate(BlockGate, **shapes(q, k), width=6), tile=16, **settings)
 
 
-def dhsa(learnt: bool = True, **settings) -> Make:
+def dhsa(learnt: bool = True, shared: bool = True, **settings) -> Make:
     small = {"budget": 40, "length": 12, "gap": 4, "longest": 30, "grain": 4, "block": 16, "local": 8}
 
     def make(q: Tensor, k: Tensor) -> DHSA:
-        return DHSA(gate(BoundaryPredictor, **shapes(q, k)) if learnt else None, **{**small, **settings})
+        predictor = gate(BoundaryPredictor, **shapes(q, k)) if learnt else None
+        return DHSA(predictor, shared=shared, **{**small, **settings})
 
     return make
 
