@@ -93,7 +93,7 @@ def test_linear_time_without_a_sort():
     for call in (StatisticalTopK(40).soft, lambda x: compact(StatisticalTopK(40).keep(x), 80)):
         few, many = _reads(call, 4096), _reads(call, 8192)
         assert not few.names & sorts
-        assert many.numbers / few.numbers == pytest.approx(2, rel=1e-3)
+        assert 1.9 < many.numbers / few.numbers < 2.002  # the lists themselves do not grow
     assert _reads(lambda x: x.topk(40, -1), 4096).names & sorts
 
 
