@@ -1,9 +1,10 @@
 """Recurrences side by side: against attention, other packages, this library's own torch engine, and the machine.
 
-    python benchmarks/recurrence.py [--quick] [additive flat rules ceiling decode]
+    python benchmarks/recurrence.py [--quick] [additive flat rules ceiling decode selective]
 
 Causal attention computes something else: the comparison says what a linear recurrence costs in its place. Other
-packages are raced where they are installed (flash-linear-attention, mlstm_kernels); what is not there is said.
+packages are raced where they are installed (flash-linear-attention, mlstm_kernels, mambapy); what is not there is
+said.
 Rates count the operations of the recurrence itself, 4 D_k D_v for a token and head, which no chunking can do
 without.
 """
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from tilewise.kernels.scan import Call
 from tilewise.kernels.scan import scan as kernel
-from tilewise.recurrence import State, scan
+from tilewise.recurrence import State, scan, selective_scan
 
 HEADS, D = 8, 64
 # Decay and rule of the operators that are compared; betas are 1 for rule "add".
@@ -164,12 +165,75 @@ def decode() -> list[harness.Row]:
     return rows
 
 
+def selective(lengths: list[int]) -> list[harness.Row]:
+    """Mamba's scan at its usual shapes, forward and backward: engines, the step loop, and a parallel scan in
+    PyTorch."""
+    rows = []
+    batch, channels, states = 1, 512, 16
+    for n in lengths:
+        torch.manual_seed(0)
+        x, rates = torch.randn(batch, n, channels), -torch.rand(channels, states) - 0.1
+        delta = F.softplus(torch.randn(batch, n, channels) - 3)
+        to_state, to_out = torch.randn(batch, n, states), torch.randn(batch, n, states)
+        given = [one.requires_grad_() for one in (x, delta, rates, to_state, to_out)]
+        engines: dict[str, Callable[..., Tensor]] = {
+            "step loop": partial(selective_scan, engine="definition"),
+            "torch": partial(selective_scan, engine="torch"),
+            "native": partial(selective_scan, engine="native"),
+        } | parallel_scan(given)
+        done = (
+            9.0 * batch * n * channels * states
+        )  # exponential, two products and sums, and the sum over states
+        forward = {name: partial(untracked, run, *given) for name, run in engines.items()}
+        rows += harness.race(
+            f"selective scan forward, N={n}", forward, dict.fromkeys(forward, done), rounds=5
+        )
+        backward = {name: through(run, given) for name, run in engines.items()}
+        rows += harness.race(
+            f"selective scan forward and backward, N={n}",
+            backward,
+            dict.fromkeys(backward, 3 * done),
+            rounds=5,
+        )
+    return rows
+
+
+def parallel_scan(given: list[Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """The scan of mambapy, where it is installed, over `[batch, N, channels, states]` as its model calls it."""
+    try:
+        pscan = importlib.import_module("mambapy.pscan").pscan
+    except ImportError as error:
+        print(f"mambapy: not raced ({error})", flush=True)
+        return {}
+
+    def run(x: Tensor, delta: Tensor, rates: Tensor, to_state: Tensor, to_out: Tensor) -> Tensor:
+        factors = (delta.unsqueeze(3) * rates).exp()
+        states = pscan(factors, (delta * x).unsqueeze(3) * to_state.unsqueeze(2))
+        return (states @ to_out.unsqueeze(3)).squeeze(3)
+
+    want = selective_scan(*given)
+    assert isinstance(want, Tensor)
+    torch.testing.assert_close(run(*given), want, rtol=1e-3, atol=1e-3)
+    return {"mambapy": run}
+
+
+@torch.no_grad()
+def untracked(run: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    return run(*given)
+
+
+def through(run: Callable[..., Tensor], given: list[Tensor]) -> Callable[[], object]:
+    """Forward and backward."""
+    return lambda: torch.autograd.grad(run(*given).sum(), given)
+
+
 SECTIONS: dict[str, Callable[[bool], list[harness.Row]]] = {
     "additive": lambda quick: additive([512] if quick else [2048, 8192]),
     "flat": lambda quick: flat([512, 1024] if quick else [4096, 16384, 65536]),
     "rules": lambda quick: rules([512] if quick else [8192]),
     "ceiling": lambda quick: ceiling([512] if quick else [8192]),
     "decode": lambda quick: decode(),
+    "selective": lambda quick: selective([128] if quick else [2048]),
 }
 
 
@@ -181,7 +245,9 @@ def main() -> int:
     chosen = options.sections or list(SECTIONS)
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    if not options.quick and not harness.tests_pass("tests/kernels/test_scan.py", "-k", "lengths or chunks"):
+    if not options.quick and not harness.tests_pass(
+        "tests/kernels/test_scan.py", "tests/kernels/test_selective_scan.py", "-k", "lengths or chunks"
+    ):
         print("the tests of the scan fail: no figures")
         return 1
     rows = [row for name in chosen for row in SECTIONS[name](options.quick)]

@@ -17,7 +17,14 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.recurrence import decays
 
-STEPS = {"tnl": 400, "transnormer": 320, "mlstm": 400, "gla-resets": 700, "gla-cipher": 900}
+STEPS = {
+    "tnl": 400,
+    "transnormer": 320,
+    "mlstm": 400,
+    "gla-resets": 700,
+    "gla-cipher": 900,
+    "matmul-free": 700,
+}
 RATE = 4e-3
 
 

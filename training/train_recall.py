@@ -1,6 +1,6 @@
-"""Trains the small models of tests/recurrence that recall pairs, and their controls.
+"""Trains the small models of tests/recurrence that recall pairs and choose what they keep, and their controls.
 
-    python training/train_recall.py            # all of them, about two minutes of one core
+    python training/train_recall.py            # all of them, about five minutes of one core
     python training/train_recall.py kda-fine   # these
 
 One thread, fixed seeds: the same machine and version of PyTorch give the same weights. A model and its control see
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tilewise.data.recall_tasks import IGNORE, accuracy, mqar, recall_after_forgetting
+from tilewise.data.selection_tasks import induction, selective_copying
 from tilewise.recurrence import ModelConfig, SequenceModel
 
 WEIGHTS = Path(__file__).parent.parent / "tests/recurrence/weights"
@@ -68,14 +69,40 @@ def forgetting(count: int, resets: int) -> Lesson:
     return Lesson(make, 3 * count + resets)
 
 
+def copying(length: int, kept: int) -> Lesson:
+    """A lesson of `selective_copying`."""
+
+    def make(examples: int, seed: int) -> tuple[Tensor, Tensor]:
+        return selective_copying(examples, length, kept, seed=seed)
+
+    return Lesson(make, length + kept)
+
+
+def inducing(length: int) -> Lesson:
+    """A lesson of `induction`."""
+
+    def make(examples: int, seed: int) -> tuple[Tensor, Tensor]:
+        return induction(examples, length, seed=seed)
+
+    return Lesson(make, length)
+
+
 def one(mixer: str, **options) -> ModelConfig:
     """A layer of width 32 over 128 tokens, with one head: a state of 32 x 32."""
     return ModelConfig(128, 32, (mixer,), {mixer: {"heads": 1, **options}}, hidden=64)
 
 
+def two_of_mamba(**options) -> ModelConfig:
+    """Two layers of width 32 over 16 tokens, without channel mixers, as in the paper."""
+    return ModelConfig(16, 32, ("mamba", "mamba"), {"mamba": options}, hidden=0)
+
+
 RETOLD = tuple(pairs(count, writes=2) for count in (4, 8, 16))
 EASIER = (pairs(1, writes=2), pairs(2, writes=2), *RETOLD)
 RESETS = (forgetting(4, 1), forgetting(8, 2), forgetting(14, 4))
+
+COPYING = (copying(8, 2), copying(16, 4), copying(32, 8), copying(48, 8))
+INDUCING = (inducing(8), inducing(32), inducing(128), inducing(512))
 
 RUNS: dict[str, Run] = {
     "delta-retold": Run(one("delta-net"), RETOLD, 900),
@@ -83,6 +110,10 @@ RUNS: dict[str, Run] = {
     "gla-retold": Run(one("gla", key=1.0, conv=4), EASIER, 2500),  # it is slower to learn
     "kda-fine": Run(dataclasses.replace(one("kda"), vocabulary=64), RESETS, 1200),
     "kda-coarse": Run(dataclasses.replace(one("kda", fine=False), vocabulary=64), RESETS, 1200),
+    "mamba-copying": Run(two_of_mamba(), COPYING, 2000),
+    "invariant-copying": Run(two_of_mamba(selective=False), COPYING, 2000),
+    "mamba-induction": Run(two_of_mamba(), INDUCING, 2000),
+    "invariant-induction": Run(two_of_mamba(selective=False), INDUCING, 2000),
 }
 
 

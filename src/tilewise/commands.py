@@ -120,6 +120,43 @@ def tune(
 
 
 @app.command()
+def convert(
+    model: Annotated[
+        str | None, typer.Argument(help="Local directory or hub id; default: the bundled model.")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="What attention becomes: lawcat.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file; default: the bundled sample.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence to learn from.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of both stages together.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; lawcat.safetensors by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all that is drawn.")] = None,
+) -> None:
+    """Let a recurrence learn what a model's attention does; `compare --methods FILE` and `patch` take the result.
+
+    Interrupted, it goes on with the same arguments.
+    """
+    _need_models("convert")
+    from tilewise.convert import Settings, run_convert
+
+    given: dict[str, Any] = {
+        "model": model,
+        "to": to,
+        "text": text,
+        "tokens": tokens,
+        "batch": batch,
+        "steps": steps,
+        "out": out,
+        "device": device,
+        "seed": seed,
+    }
+    run_convert(Settings(**{name: value for name, value in given.items() if value is not None}))
+
+
+@app.command()
 def papers(
     words: Annotated[list[str] | None, typer.Argument(help="Show the papers with all these words.")] = None,
 ) -> None:

@@ -303,10 +303,10 @@ def test_what_does_not_fit_is_refused():
         ):
             attend(q[:, :, :1], k, v, method, mask="causal")
     with pytest.raises(ValueError, match="goes on token by token, this is token 40 after 30"):
-        ChunkLLM(adapters).carry(q[:, :, :1], k, Causal().bind(1, 40), state)
+        ChunkLLM(adapters).carry(q[:, :, :1], k, v, Causal().bind(1, 40), state)
     with pytest.raises(ValueError, match="without padding"):
         mask = Causal() & Padding(torch.arange(40).ge(3).unsqueeze(0))
-        ChunkLLM(adapters).carry(q, k, mask.bind(40, 40), None)
+        ChunkLLM(adapters).carry(q, k, v, mask.bind(40, 40), None)
     with pytest.raises(ValueError, match="one sequence of at least one token"):
         ChunkLLM(adapters).start(q[:, :, :0], k[:, :, :0], v[:, :, :0])
     with pytest.raises(ValueError, match=r"ends must be bool \[40\] with an end before the last token"):

@@ -90,6 +90,7 @@ def test_partial_rotation_leaves_the_rest_and_none_leaves_all():
 # The gate
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize("rotary", [None, 50.0, (0.7, 0.2)])
 @pytest.mark.parametrize("mask", [None, Causal() & Padding(torch.arange(30).ge(5).unsqueeze(0))])
 def test_gate_is_its_definition(rotary, mask):

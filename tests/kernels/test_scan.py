@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.test_triton import in_a_process, interpreter_lacks
 from tilewise.kernels import EngineRefused
 from tilewise.kernels.scan import ENGINES, Call, explain, native, scan
 
 RULES = ("add", "delta")
 DECAYS = (None, "scalar", "channel")
-FAST = [name for name in ENGINES if name != "definition"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in a process of its own, see the last test
+FAST = [name for name in ENGINES if name != "definition" and (name != "triton" or INTERPRETED)]
 # The widest format of an engine that stops short of float64.
-WIDEST = {"native": torch.float32}
+WIDEST = {"native": torch.float32, "triton": torch.float32}
 every_engine = pytest.mark.parametrize("engine", FAST)
 every_kind = pytest.mark.parametrize(("rule", "kind"), list(itertools.product(RULES, DECAYS)))
 
@@ -483,3 +485,21 @@ def test_lesser_machines_are_right_too(level):
         [sys.executable, "-c", LESSER], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
+def test_triton_in_the_interpreter():
+    """The tests above that suit it, in a process that asks for the interpreter before Triton is imported."""
+    if reason := interpreter_lacks():
+        pytest.skip(reason)
+    chosen = (
+        "lengths[8 or lengths[17 or lengths[65 or left_out or grouped_queries[2 or packed or low_formats or infinity"
+        " or strides or nothing_at_all or split_anywhere or heads[33 or heads[3-65"
+    )
+    output = in_a_process(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__)), "-k",
+        f"triton and ({chosen})", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    print(output.splitlines()[-1])
+    assert " passed" in output and " failed" not in output

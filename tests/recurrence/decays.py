@@ -1,4 +1,4 @@
-"""The small trained models of the evidence on decays, their data and their measures.
+"""The small trained models of the evidence on decays and ternary weights, their data and their measures.
 
 `training/train_decays.py` makes the weights; the tests load them and measure on data drawn anew.
 """
@@ -19,6 +19,7 @@ from tilewise.recurrence import (
     ModelConfig,
     SequenceModel,
     TransNormer,
+    matmul_free,
     scan,
 )
 from tilewise.recurrence.mixer import MixerState, from_heads, to_heads, wide
@@ -90,6 +91,8 @@ MODELS: dict[str, Callable[[], SequenceModel]] = {
     "gla-resets": lambda: gla(1 + KEYS * VALUES + KEYS, temper=2.0),
     "gla-resets-fixed": lambda: gla(1 + KEYS * VALUES + KEYS, temper=2.0, fixed=True),
     "gla-cipher": lambda: gla(SYMBOLS * SYMBOLS + SYMBOLS, tied=False),
+    "matmul-free": lambda: SequenceModel(matmul_free(BYTES, 64)),
+    "matmul-free-dense": lambda: SequenceModel(matmul_free(BYTES, 64, linear="dense")),
 }
 
 

@@ -63,11 +63,11 @@ class Method:
         """What plans a call of one query after the calls that `state` comes from; itself if it carries nothing."""
         return self
 
-    def carry(self, q: Tensor, k: Tensor, view: Visibility, state: Any) -> Any:
+    def carry(self, q: Tensor, k: Tensor, v: Tensor, view: Visibility, state: Any) -> Any:
         """The state after a call, for the next one. `patch` keeps it, layer by layer, for methods that carry one.
 
-        Args: q, k, view: of the call, k with all keys so far. state: as the call before gave it, for one query
-        more; None where a sequence begins, with as many queries as keys.
+        Args: q, k, v, view: of the call, k and v with all keys and values so far. state: as the call before gave
+        it, for one query more; None where a sequence begins, with as many queries as keys.
         """
         return None
 

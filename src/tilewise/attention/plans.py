@@ -78,7 +78,7 @@ class Plan:
     """Passes whose partial results, merged, are the method's answer.
 
     Attributes:
-        passes: over disjoint parts of what is visible.
+        passes: over disjoint parts of what is visible; none where all of the answer is `added`.
         added: what is added to the merged output, outside the softmax.
         choices: the engines that chose keys for it, where a kernel did (see `tilewise.kernels.choose_keys`).
         view: all that the mask makes visible, the denominator of density.
@@ -138,7 +138,8 @@ class Plan:
         For drawings and tests. Means of tiles (pooled passes) do not count as read.
         """
         q_tokens, k_tokens = q_tokens.view(1, 1, -1), k_tokens.view(1, 1, -1)
-        read = torch.zeros((), dtype=torch.bool, device=q_tokens.device)
+        shape = (1, 1, q_tokens.shape[-1], k_tokens.shape[-1])
+        read = torch.zeros(shape, dtype=torch.bool, device=q_tokens.device)
         for p in self.passes:
             read = read | _kept(p, q_tokens, k_tokens, heads)
         return read.expand(read.shape[0], heads, -1, -1)
@@ -158,18 +159,19 @@ class Plan:
         """Execute the passes on the chosen engine and merge them."""
         need_lse = need_lse or len(self.passes) > 1
         applied = self.applied(q, k, v, bias, scale, softcap, need_lse)
-        merged = merge([restore(attend(call, engine)) for call, restore in applied])
+        merged = merge([restore(attend(call, engine)) for call, restore in applied] or [_nothing(q, v)])
         for part in self.added:
             merged = merged._replace(out=merged.out + part.run(q, k, v, scale).to(merged.out.dtype))
         return merged
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, engine: str = "auto", **options) -> list[Choice]:
-        """Which engine would run each pass, and why the others would not."""
+        """Which engine would run each pass, and each added part that has engines, and why the others would not."""
         need_lse = options.pop("need_lse", False) or len(self.passes) > 1
         applied = self.applied(
             q, k, v, options.get("bias"), options.get("scale", 1.0), options.get("softcap"), need_lse
         )
-        return [explain(call, engine) for call, _ in applied]
+        said = [explain(call, engine) for call, _ in applied]
+        return said + [part.explain(q, k, v) for part in self.added if hasattr(part, "explain")]
 
     def unrounded(self) -> Plan:
         """The same tiles in the inputs' own precision."""
@@ -185,6 +187,12 @@ class Plan:
             yield p.applied(
                 Call(q, k, v, p.view, p.tiles, p.q_order, p.k_order, bias, scale, softcap, need_lse)
             )
+
+
+def _nothing(q: Tensor, v: Tensor) -> Partial:
+    """What no pass gives, to be added to."""
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    return Partial(out, torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device))
 
 
 def whole(view: Visibility) -> TileMap:

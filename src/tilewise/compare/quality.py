@@ -67,15 +67,19 @@ def questions(material: Material, wanted: tuple[str, ...], seed: int) -> list[Qu
         if "recall" in wanted and size >= 256:
             for number in range(2):
                 example = tasks.recall(size, seed + number)
-                made.append(_question(material, "recall", length, example, tasks.far(example)))
+                made.append(question(material, "recall", length, example, tasks.far(example)))
         if "passkey" in wanted and size >= 256:
             for number, depth in enumerate(DEPTHS * 2):
                 example = tasks.passkey(size, seed + number, depth, filler=material.filler)
-                made.append(_question(material, "passkey", length, example, example.spans, depth))
+                made.append(question(material, "passkey", length, example, example.spans, depth))
     return [q for q in made if len(q.tokens) <= material.context and q.answers]
 
 
-def _question(material, task: str, length: int, example, spans, depth: float | None = None) -> Question:
+def question(
+    material: Material, task: str, length: int, example: tasks.Example, spans, depth: float | None = None
+) -> Question:
+    """An example in the model's tokens; `spans` are the answers asked for, `depth` where they all stand, or
+    None."""
     text = example.text.decode("ascii")
     encoded = material.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = [start for start, _ in encoded["offset_mapping"]]

@@ -117,21 +117,24 @@ class Bridge:
         if isinstance(out, Partial):
             out = out.out
         seconds = clock(query.device) - start if self.observer else 0.0
-        self._carry(layer, query, key, mask)
+        self._carry(layer, query, key, value, mask)
         if self.observer and given is not None:
             terms = {"bias": bias, "scale": scaling or 1.0, "softcap": softcap}
             ran = tuple(choice.engine for choice in given.explain(query, key, value, self.engine, **terms))
             self.observer(Event(layer, method, given, ran, seconds, query, key, value, mask, scaling))
         return out.transpose(1, 2).contiguous(), None
 
-    def _carry(self, layer: int, query: Tensor, key: Tensor, mask: Mask | Tensor | None) -> None:
+    def _carry(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None
+    ) -> None:
         """Keep what the layer's decoding method hands on from this call to the next."""
         decoder = self.decoder(layer)
         if decoder.carries:
             n_q, n_k = query.shape[2], key.shape[2]
             view = as_mask(mask).bind(n_q, n_k, device=query.device)
             before = None if n_q == n_k else self.states.get(layer)
-            self.states[layer] = decoder.carry(query.detach(), key.detach(), view, before)
+            given = (x.detach() for x in (query, key, value))
+            self.states[layer] = decoder.carry(*given, view, before)
 
 
 def _check_mode(method: Method, query: Tensor, key: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from tilewise.attention.gates.store import describe, fit_to, rebuild
 from tilewise.errors import UserError
 from tilewise.models.load import bundled_model, check_device
 from tilewise.models.recipes import ModelRecipe
+from tilewise.recurrence.lawcat import LAWCAT
 
 # The kinds of gates by what their files say: the method they serve, as the register knows it, and its settings
 # where its paper leaves them to the user.
@@ -26,6 +27,7 @@ SERVES: dict[str, tuple[str, dict[str, Any]]] = {
     "chunk": ("chunk-llm", {}),
     "linear": ("sla", {}),
     "codes": ("spt", {}),
+    LAWCAT.kind: ("lawcat", {}),
 }
 
 
@@ -53,11 +55,11 @@ def gated(gates: Gates, **settings: Any) -> ModelRecipe:
     that it does not have or does not take.
     """
     name, defaults = SERVES[describe(gates)["kind"]]
-    found = papers.resolve(papers.find(name))
-    if isinstance(found, type) and issubclass(found, Method):
-        made = {layer: found(gate, **defaults) for layer, gate in gates.items()}  # type: ignore[call-arg]
-    else:
+    if hasattr(gates[gates.layers[0]], "method"):
         made = {layer: gate.method() for layer, gate in gates.items()}
+    else:
+        kind = cast("type[Method]", papers.resolve(papers.find(name)))
+        made = {layer: kind(gate, **defaults) for layer, gate in gates.items()}  # type: ignore[call-arg]
     known = _settings(next(iter(made.values())))
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"the settings of {name} are {', '.join(known)}, got {', '.join(unknown)}")

@@ -9,6 +9,7 @@ from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
 from tilewise.recurrence.initial_state import InitialState, tune_initial_state
 from tilewise.recurrence.kda import KDA
 from tilewise.recurrence.lact import LaCT, LaCTState
+from tilewise.recurrence.lawcat import LAWCAT, LAWCATState, LinearizedAttention
 from tilewise.recurrence.lightning import (
     LRPE,
     SGLU,
@@ -19,18 +20,23 @@ from tilewise.recurrence.lightning import (
     slopes,
 )
 from tilewise.recurrence.linear_attention import LinearAttention
+from tilewise.recurrence.mamba import Mamba, MambaState
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
+from tilewise.recurrence.mlgru import MLGRU, MLGRUState, matmul_free
 from tilewise.recurrence.mlstm import MLSTM, xlstm_7b
 from tilewise.recurrence.mlstm_sig import MLSTMSig
 from tilewise.recurrence.model import MIXERS, Block, ModelConfig, SequenceModel, SwiGLU, mixer
 from tilewise.recurrence.per_channel import elementwise
 from tilewise.recurrence.rat import RAT, RATState
+from tilewise.recurrence.selective import SelectiveState, explain_selective, selective_scan
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
+from tilewise.recurrence.ternary import BitLinear, PackedBitLinear, packed
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
 
 __all__ = [
     "Attention",
+    "BitLinear",
     "Block",
     "BlockState",
     "Cache",
@@ -43,6 +49,8 @@ __all__ = [
     "HeadNorm",
     "InitialState",
     "KDA",
+    "LAWCAT",
+    "LAWCATState",
     "LRPE",
     "LaCT",
     "LaCTState",
@@ -51,15 +59,22 @@ __all__ = [
     "LightningState",
     "LinearAttention",
     "MIXERS",
+    "MLGRU",
+    "MLGRUState",
     "MLSTM",
     "MLSTMSig",
+    "LinearizedAttention",
+    "Mamba",
+    "MambaState",
     "Mixer",
     "MixerState",
     "ModelConfig",
     "NormAttention",
+    "PackedBitLinear",
     "RAT",
     "RATState",
     "SGLU",
+    "SelectiveState",
     "SequenceModel",
     "ShortConv",
     "SlidingWindow",
@@ -70,13 +85,17 @@ __all__ = [
     "elementwise",
     "empty_state",
     "explain",
+    "explain_selective",
     "infinite_vl",
     "kimi_linear",
     "lightning_attention",
+    "matmul_free",
     "mixer",
     "orthogonal",
+    "packed",
     "read_chunk",
     "scan",
+    "selective_scan",
     "slopes",
     "tune_initial_state",
     "xlstm_7b",

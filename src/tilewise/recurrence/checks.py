@@ -1,4 +1,4 @@
-"""Checks of the arguments of `scan`; each error names the argument, what was given and what is accepted."""
+"""Checks of the arguments of the scans; each error names the argument, what was given and what is accepted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_decay(decay: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor | 
     if decay is None:
         return None
     b, heads, n, d_k = k.shape
-    _check_floating("decay", decay, k)
+    check_floating("decay", decay, k)
     given = tuple(decay.shape)
     if decay.ndim == 1:
         decay = decay.view(1, -1, 1)
@@ -76,7 +76,7 @@ def check_decay(decay: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor | 
         raise ValueError(
             f"decay must be [{heads}], [{b}|1, {heads}|1, {n}] or [{b}|1, {heads}|1, {n}, {d_k}], got shape {given}"
         )
-    _check_values("decay", decay, None, 0.0, "are logs of factors in [0, 1], so none is above 0")
+    check_values("decay", decay, None, 0.0, "are logs of factors in [0, 1], so none is above 0")
     return made.to(wide)
 
 
@@ -84,13 +84,13 @@ def check_beta(beta: Tensor | None, name: str, rule: str, k: Tensor, wide: torch
     """Strengths of the update as `[B, H, N]` in the dtype that is accumulated in."""
     if beta is None:
         return None
-    _check_floating(name, beta, k)
+    check_floating(name, beta, k)
     made = _expand(beta, tuple(k.shape[:3]))
     if made is None:
         b, heads, n = k.shape[:3]
         raise ValueError(f"{name} must be [{b}|1, {heads}|1, {n}], got shape {tuple(beta.shape)}")
     if rule == "delta":
-        _check_values(
+        check_values(
             name, beta, 0.0, 2.0, "of rule 'delta' lies in [0, 2]: beyond, the state grows without bound"
         )
     return made.to(wide)
@@ -121,11 +121,12 @@ def check_state(
         raise TypeError(f"the state is on {state.matrix.device}, the call on {k.device}")
 
 
-def _check_floating(name: str, x: Tensor, k: Tensor) -> None:
+def check_floating(name: str, x: Tensor, like: Tensor, than: str = "the keys") -> None:
+    """TypeError unless x is a floating tensor on the device of `like`, which messages call `than`."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.device != k.device:
-        raise TypeError(f"{name} is on {x.device}, the keys are on {k.device}")
+    if x.device != like.device:
+        raise TypeError(f"{name} is on {x.device}, {than} on {like.device}")
 
 
 def _expand(x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
@@ -135,7 +136,8 @@ def _expand(x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     return x.expand(shape)
 
 
-def _check_values(name: str, x: Tensor, least: float | None, most: float, says: str) -> None:
+def check_values(name: str, x: Tensor, least: float | None, most: float, says: str) -> None:
+    """ValueError unless all of x lies in [least, most] (None: any lower end); on a GPU the check does not wait."""
     if torch.compiler.is_compiling() or not x.numel():
         return
     low, high = (-torch.inf, x.detach().max()) if least is None else x.detach().aminmax()

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from tilewise.recurrence.mixer import Mixer
 from tilewise.recurrence.state import Carried
+from tilewise.recurrence.ternary import BitLinear
 
+LINEARS: dict[str, Callable[..., nn.Linear]] = {"dense": nn.Linear, "ternary": BitLinear}
 MIXERS: dict[str, Callable[..., Mixer]] = {}  # by name; a mixer's module adds itself
 
 
@@ -36,6 +38,8 @@ class ModelConfig:
         options: settings of each named mixer, such as {"gla": {"heads": 4}}.
         hidden: of the channel mixer (SwiGLU); None is 8/3 of the width, 0 leaves channel mixers out.
         tied: whether the output layer shares the embedding's weights.
+        linear: "dense", or "ternary" for `BitLinear` in channel mixers and in the output layer, which is then not
+            tied. Mixers have settings of their own.
         logit_cap: keeps logits smoothly within this size, `cap * tanh(logits / cap)`; None leaves them.
 
     Raises ValueError for unknown mixers and sizes below 1.
@@ -47,6 +51,7 @@ class ModelConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     hidden: int | None = None
     tied: bool = True
+    linear: str = "dense"
     logit_cap: float | None = None
 
     def __post_init__(self) -> None:
@@ -57,17 +62,22 @@ class ModelConfig:
         unknown = [name for name in (*self.layers, *self.options) if name not in MIXERS]
         if unknown or not self.layers:
             raise ValueError(f"layers must be of {', '.join(sorted(MIXERS))}, got {unknown or 'none'}")
+        if self.linear not in LINEARS:
+            raise ValueError(f"linear must be one of {', '.join(map(repr, LINEARS))}, got {self.linear!r}")
+        if self.linear == "ternary" and self.tied:
+            raise ValueError("a ternary output layer cannot share the embedding's weights: give tied=False")
         if self.logit_cap is not None and not self.logit_cap > 0:
             raise ValueError(f"logit_cap must be None or above 0, got {self.logit_cap!r}")
 
 
 class SwiGLU(nn.Module):
-    """Channel mixer: `down(silu(gate(x)) * up(x))`."""
+    """Channel mixer: `down(silu(gate(x)) * up(x))`, with linear layers of a kind of `LINEARS`."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, linear: str = "dense") -> None:
         super().__init__()
-        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        made = LINEARS[linear]
+        self.gate, self.up = made(width, hidden, bias=False), made(width, hidden, bias=False)
+        self.down = made(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -106,9 +116,10 @@ class SequenceModel(nn.Module):
         self.blocks = nn.ModuleList()
         for name in config.layers:
             made = MIXERS[name](config.width, **config.options.get(name, {}))
-            self.blocks.append(Block(config.width, made, SwiGLU(config.width, hidden) if hidden else None))
+            channel = SwiGLU(config.width, hidden, config.linear) if hidden else None
+            self.blocks.append(Block(config.width, made, channel))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
-        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.head = LINEARS[config.linear](config.width, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
 

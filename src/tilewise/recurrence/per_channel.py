@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tilewise.recurrence.checks import check_offsets
+
 BLOCK = 32  # tokens between two carried states; see elementwise for what was measured
 
 
@@ -35,6 +37,33 @@ def elementwise(keep: Tensor, add: Tensor, initial: Tensor | None = None) -> Ten
         )
     wide = torch.promote_types(add.dtype, torch.float32)
     return _Elementwise.apply(keep.to(wide), add.to(wide), initial.to(wide)).to(add.dtype)
+
+
+def running(
+    keep: Tensor, add: Tensor, before: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`elementwise` over sequences that go on from `before [S, C]`: outputs `[B, N, C]` and what comes after, `[S,
+    C]`.
+
+    `mask` and `cu_seqlens` are as in `tilewise.recurrence.scan`: padding leaves the state alone, and packed
+    sequences each have their own. float32 or wider. Raises ValueError, TypeError for arguments that do not fit.
+    """
+    offsets = check_offsets(cu_seqlens, mask, add.unsqueeze(1))
+    if mask is not None:
+        hidden = ~mask.unsqueeze(2)
+        keep, add = keep.masked_fill(hidden, 1), add.masked_fill(hidden, 0)
+    if offsets is None:
+        out = elementwise(keep, add, before)
+        return out, (out[:, -1] if out.shape[1] else before)
+    # A sequence's first token forgets the one before it in the pack, and takes what the sequence had.
+    there = offsets[:-1] < offsets[1:]
+    first = offsets[:-1][there]
+    taken = keep[0, first] * before[there].to(add.dtype)
+    out = elementwise(keep.index_fill(1, first, 0), add.index_add(1, first, taken.unsqueeze(0)))
+    if not out.shape[1]:
+        return out, before
+    last = out[0, (offsets[1:] - 1).clamp(min=0)]
+    return out, torch.where(there.unsqueeze(1), last, before.to(out.dtype))
 
 
 class _Elementwise(torch.autograd.Function):

@@ -158,7 +158,7 @@ class ChunkLLM(Method):
         Raises ValueError for more than one sequence: they end chunks at different times.
         """
         view = Causal().bind(k.shape[2], k.shape[2], device=k.device)
-        state = self.carry(q, k, view, None)
+        state = self.carry(q, k, v, view, None)
         return _out(attend(q, k, v, self, mask="causal")), state
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: ChunkState) -> Tensor:
@@ -167,10 +167,12 @@ class ChunkLLM(Method):
         Returns `[1, H_q, 1, D_v]`: attention over the chosen chunks and the running one.
         """
         out = attend(q, k, v, self.with_state(state), mask="causal")
-        self.carry(q, k, Causal().bind(1, k.shape[2], device=k.device), state)
+        self.carry(q, k, v, Causal().bind(1, k.shape[2], device=k.device), state)
         return _out(out)
 
-    def carry(self, q: Tensor, k: Tensor, view: Visibility, state: ChunkState | None) -> ChunkState:
+    def carry(
+        self, q: Tensor, k: Tensor, v: Tensor, view: Visibility, state: ChunkState | None
+    ) -> ChunkState:
         """The state behind a whole prompt, or changed by one token more. Raises ValueError for several sequences,
         for padding, and when tokens are missing in between."""
         n = k.shape[2]

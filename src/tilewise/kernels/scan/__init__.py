@@ -13,9 +13,11 @@ from torch import Tensor
 from tilewise.kernels import Choice, Engine, choose
 from tilewise.kernels.scan import definition, native
 from tilewise.kernels.scan import torch as torch_engine
+from tilewise.kernels.scan import triton as triton_engine
 from tilewise.kernels.scan.call import RULES, Call
 
 ENGINES: Mapping[str, Engine] = {
+    "triton": triton_engine,
     "native": native,
     "torch": torch_engine,
     "definition": definition,
