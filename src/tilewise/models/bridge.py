@@ -133,8 +133,8 @@ class Bridge:
             n_q, n_k = query.shape[2], key.shape[2]
             view = as_mask(mask).bind(n_q, n_k, device=query.device)
             before = None if n_q == n_k else self.states.get(layer)
-            given = (x.detach() for x in (query, key, value))
-            self.states[layer] = decoder.carry(*given, view, before)
+            q, k, v = (x.detach() for x in (query, key, value))
+            self.states[layer] = decoder.carry(q, k, v, view, before)
 
 
 def _check_mode(method: Method, query: Tensor, key: Tensor) -> None:

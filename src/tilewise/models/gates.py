@@ -66,7 +66,7 @@ def gated(gates: Gates, **settings: Any) -> ModelRecipe:
     # Of two settings that exclude each other the default gives way.
     instead = {"top_k": None} if "threshold" in settings and defaults else {}
     try:
-        made = {layer: dataclasses.replace(m, **instead | settings) for layer, m in made.items()}  # type: ignore[type-var]
+        made = {layer: dataclasses.replace(m, **instead | settings) for layer, m in made.items()}
     except TypeError as error:
         raise ValueError(f"{name} does not take these settings: {error}") from error
     decodes = all("decode" in method.modes for method in made.values())

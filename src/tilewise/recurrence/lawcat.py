@@ -93,7 +93,9 @@ class LAWCAT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(kv_heads, head_dim, features, generator=generator) * head_dim**-0.5
         self.project = nn.Parameter(drawn)
-        self.adapt = nn.Parameter(torch.zeros(heads, head_dim, head_dim))  # of values: head_dim is that of v too
+        self.adapt = nn.Parameter(
+            torch.zeros(heads, head_dim, head_dim)
+        )  # of values: head_dim is that of v too
         self.down = nn.Linear(2 * kv_heads * head_dim, rank, bias=False)
         self.up = nn.Linear(rank, kv_heads * 2 * features)
         with torch.no_grad():
@@ -103,8 +105,8 @@ class LAWCAT(nn.Module):
             spread = torch.rand(kv_heads * 2 * features, generator=generator)
             self.up.bias.copy_(0.5 + 6 * spread)
         if not gated:
-            for part in (self.down, self.up):
-                part.requires_grad_(False)
+            self.down.requires_grad_(False)
+            self.up.requires_grad_(False)
 
     def settings(self) -> dict[str, Any]:
         """What it is made with, for a file's header."""

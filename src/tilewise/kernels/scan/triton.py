@@ -71,10 +71,10 @@ def backward(call: Call, d_out: Tensor, d_state: Tensor) -> op.Gradients:
     else:
         every, padded_k, width = _every(call), _padded(d_k), _width(call)
         scratch = room(call.sequences * heads * blocks, every, padded_k, width)
-        triton_steps.backward[(call.sequences * heads, blocks)](
-            **_given(call), offsets=call.offsets, kept=kept, d_out=d_out.float().contiguous(),
+        start(
+            triton_steps.backward, call, offsets=call.offsets, kept=kept, d_out=d_out.float().contiguous(),
             d_last=d_state.float().contiguous(), d_q=d_q, d_k=d_k_, d_v=d_v_, d_decay=d_decay, d_beta=d_beta,
-            d_first=d_first, scratch=scratch, tokens=b * heads * n, **_sizes(call),
+            d_first=d_first, scratch=scratch, tokens=b * heads * n,
         )  # fmt: skip
     sums = [None if x is None else x.sum(0) for x in (d_decay, d_beta)]
     made = [d_q.sum(0).to(call.q.dtype), d_k_.sum(0).to(call.k.dtype), d_v_.to(call.v.dtype)]
@@ -97,10 +97,15 @@ def _forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         kept = after.new_empty(
             _slots(call) * (1 if call.offsets is not None else call.sequences), *after.shape[1:]
         )
-    triton_steps.forward[(call.sequences * call.k.shape[1], _blocks(call))](
-        **_given(call), first=first, offsets=call.offsets, out=out, last=after, kept=kept, **_sizes(call)
-    )
+    start(triton_steps.forward, call, first=first, offsets=call.offsets, out=out, last=after, kept=kept)
     return out, after, kept
+
+
+def start(kernel: Any, call: Call, **arguments: Any) -> None:
+    """Run a kernel with a program for each head of each sequence and each block of the values' channels."""
+    grid = (call.sequences * call.k.shape[1], _blocks(call))
+    with torch.cuda.device_of(call.q):
+        kernel[grid](**_given(call), **arguments, **_sizes(call))
 
 
 def _given(call: Call) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _sizes(call: Call) -> dict[str, Any]:
         "n": call.q.shape[2], "heads": call.k.shape[1], "group": call.q.shape[1] // call.k.shape[1],
         "every": _every(call), "slots": _slots(call), "scale": float(call.scale), "D_K": call.k.shape[3],
         "D_V": call.v.shape[3], "BLOCK_K": _padded(call.k.shape[3]), "BLOCK_V": _width(call),
-        "CHANNELS": call.by_channel, "DELTA": call.rule == "delta",
+        "CHANNELS": call.by_channel, "DELTA": call.rule == "delta", "enable_fp_fusion": True,
     }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ import triton.language as tl
 @triton.jit
 def span(offsets, s, n):
     """Batch entry, first token and last token + 1 of a sequence."""
-    if offsets is None:
-        return s, n * 0, n
-    return s * 0, tl.load(offsets + s), tl.load(offsets + s + 1)
+    b, start, end = s, s * 0, s * 0 + n
+    if offsets is not None:
+        b, start, end = s * 0, tl.load(offsets + s), tl.load(offsets + s + 1)
+    return b, start, end
 
 
 @triton.jit
