@@ -16,6 +16,7 @@ import torch
 import tilewise
 from tilewise import cli, doctor, kernels, machine
 from tilewise.errors import UserError
+from tilewise.kernels.scan import ENGINES as SCAN_ENGINES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -169,6 +170,7 @@ def test_missing_extra_is_named(package: str) -> None:
 
 
 def test_doctor_shows_the_machine_and_passes(run: Run) -> None:
+    run("build")  # what is compiled for the first time says so
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     assert torch.__version__ in out
@@ -180,13 +182,18 @@ def test_doctor_shows_the_machine_and_passes(run: Run) -> None:
             continue
         assert ": works, error" in line
         assert float(line.split()[-2]) > 0 and line.endswith("GFLOP/s")
+    for engine in SCAN_ENGINES:
+        assert ": works, error" in lines[f"recurrence, {engine}"]
 
 
 def test_build_says_where_the_library_lies(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("build")
     assert code == 0
-    name, path = out.strip().split(": ", 1)
-    assert name == "attention" and Path(path).is_file() and Path(path).suffix == ".so"
+    built = dict(line.split(": ", 1) for line in out.splitlines())
+    assert list(built) == list(kernels.natives())
+    assert all(Path(path).is_file() and Path(path).suffix == ".so" for path in built.values())
+    folders = {path.parent.name for path in Path(kernels.__file__).parent.glob("*/native.py")}
+    assert set(kernels.NATIVE) == folders, "a native engine that `tilewise build` does not know"
     monkeypatch.setenv("CXX", "no-such-compiler")
     code, out, err = run("build")
     assert (code, out) == (2, "") and "no C++ compiler was found" in err and "Traceback" not in err

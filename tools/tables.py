@@ -3,13 +3,14 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-attention` from benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from what
-training/train_video.py measured; `counts` from the package itself. With --check nothing is written: exit code 1
-names the pages that are out of date.
+`bench-attention` and `bench-recurrence` from benchmarks/results, as do `precision`, `adaptive` and `selection`;
+`video` from what training/train_video.py measured; `counts` and `left-out` from the package itself. With --check
+nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewise import attention, papers
-from tilewise.kernels import attend_tiles
+from tilewise.compare.catalogue import left_out
+from tilewise.recurrence import MIXERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +72,8 @@ def compare_table(path: Path = ROOT / "docs/results/compare.json") -> str:
 
 def bench_table(path: Path) -> str:
     """A recorded benchmark, with the machine it belongs to."""
+    if not path.exists():
+        return "*No run is recorded yet.*"
     run = json.loads(path.read_text(encoding="utf-8"))
     body = []
     for row in run["rows"]:
@@ -101,7 +105,7 @@ def selection_tables(path: Path) -> str:
     if not path.exists():
         return "*No run is recorded yet.*"
     run = json.loads(path.read_text(encoding="utf-8"))
-    parts = []
+    parts, single = [], []
     for name in dict.fromkeys(row["input"] for row in run["rows"]):
         mine = [row for row in run["rows"] if row["input"] == name]
         body = []
@@ -109,6 +113,12 @@ def selection_tables(path: Path) -> str:
             points = sorted(
                 (row["density"], row["error"], 1 / row["speedup"]) for row in mine if row["method"] == method
             )
+            if len(points) == 1:
+                density, error, time = points[0]
+                single.append(
+                    f"`{method}` on {name}: {density:.0%} of the scores, error {error:.3f}, time {time:.2f}"
+                )
+                continue
             errors = [between(points, density, 1) for density in DENSITIES]
             time = between(points, 0.2, 2)
             body.append([f"`{method}`", *("–" if x is None else f"{x:.3f}" for x in errors)])
@@ -123,6 +133,7 @@ def selection_tables(path: Path) -> str:
         + f"\n\nRelative error of attention's output at these densities, between measured settings"
         f" on a straight line of logarithms, means over layers; and time to choose and attend over that of dense"
         f" attention. {run['tokens']:,} bytes of text, {where}, {run['created'][:10]}."
+        + ("\n\nOf one setting: " + "; ".join(single) + "." if single else "")
     )
 
 
@@ -165,13 +176,22 @@ def counts() -> str:
     kinds = [kind for name in attention.__all__ if isinstance(kind := getattr(attention, name), type)]
     methods = [kind for kind in kinds if issubclass(kind, attention.Method)]
     frames = {attention.Method, attention.Recipe, attention.Tiles}
-    rooms = sorted(path.parent.name for path in (ROOT / "src/tilewise/kernels").glob("*/definition.py"))
-    room = ", ".join(f"`{room}`" for room in rooms)
+    known = sorted(path.parent.name for path in (ROOT / "src/tilewise/kernels").glob("*/definition.py"))
+    engines = {name: importlib.import_module(f"tilewise.kernels.{name}").ENGINES for name in known}
+    told = ", ".join(f"`{name}` with {len(found)} engines" for name, found in engines.items())
     return (
         f"{len(papers.load())} papers are in the register. Their attention is {len(set(methods) - frames)} methods,"
-        f" {len(attention.named())} of them with a name, and what is built around them; all of it runs"
-        f" on {len(rooms)} kernel ({room}) with {len(attend_tiles.ENGINES)} engines."
+        f" {len(attention.named())} of them with a name, their recurrences {len(MIXERS)} mixers, and what is built"
+        f" around them; all of it runs on {len(known)} kernels: {told}."
     )
+
+
+def left_out_table() -> str:
+    """Papers about attention that `tilewise compare --methods all` has no row for, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for key, why in left_out().items():
+        by_reason.setdefault(why, []).append(f"`{key}`")
+    return rows(["paper", "why not"], ([", ".join(keys), why] for why, keys in sorted(by_reason.items())))
 
 
 def _compare_row(method: dict[str, Any], tasks: Sequence[str]) -> list[str]:
@@ -215,7 +235,9 @@ def main(arguments: Sequence[str]) -> int:
         "compare-tuned": compare_table(ROOT / "docs/results/compare-tuned.json"),
         "compare-all": compare_table(ROOT / "docs/results/compare-all.json"),
         "bench-attention": bench,
+        "bench-recurrence": bench_table(ROOT / "benchmarks/results/recurrence.json"),
         "counts": counts(),
+        "left-out": left_out_table(),
         "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),
         "video": video_tables(ROOT / "training/video_results.json"),
     }

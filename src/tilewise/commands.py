@@ -50,7 +50,7 @@ def compare(
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text to run on.")] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated names or recipe files, or all; dense always runs first."),
+        typer.Option(help="Comma-separated names, recipe or gates files, or all; dense always runs first."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -139,14 +139,14 @@ def papers(
 @app.command()
 def build() -> None:
     """Compile the native engines now, rather than at their first use, and say where they lie."""
-    from tilewise.kernels import building
-    from tilewise.kernels.attend_tiles import native
+    from tilewise.kernels import building, natives
 
-    try:
-        path = building.library("attention", native.SOURCES)
-    except building.BuildFailed as failure:
-        raise UserError(str(failure)) from failure
-    typer.echo(f"attention: {path}")
+    for name, sources in natives().items():
+        try:
+            path = building.library(name, sources)
+        except building.BuildFailed as failure:
+            raise UserError(str(failure)) from failure
+        typer.echo(f"{name}: {path}")
 
 
 @app.command()

@@ -6,9 +6,10 @@ import importlib.util
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -50,33 +51,59 @@ class Check:
 
 
 def self_test() -> Iterator[Check]:
-    """Causal attention through every engine, float32, grouped heads, a length no tile divides.
+    """Every engine of every operator against its definition in float64, on a length no tile divides.
 
-    An engine may err twice as much as the definition itself does in float32. One that is right is timed as well.
-    Yields each check when it is done; engines that compile themselves take seconds.
+    Causal attention with grouped heads, and the delta rule with a decay for each channel, in float32. An engine may
+    err twice as much as the definition itself does in float32. One that is right is timed as well. Yields each
+    check when it is done; engines that compile themselves take seconds.
     """
     import tilewise
     from tilewise import kernels
+    from tilewise.kernels.scan import ENGINES
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 300, 32, generator=generator) for heads in (4, 2, 2))
+    decay, beta = -torch.rand(1, 2, 300, 32, generator=generator), torch.rand(1, 2, 300, generator=generator)
+    unit = torch.nn.functional.normalize(k, dim=-1)
 
-    def attend(engine: str, dtype: torch.dtype) -> torch.Tensor:
-        out = tilewise.attend(q.to(dtype), k.to(dtype), v.to(dtype), mask="causal", engine=engine)
-        return (out if isinstance(out, torch.Tensor) else out.out).double()
+    def attention(engine: str, dtype: torch.dtype) -> torch.Tensor:
+        return _tensor(tilewise.attend(q.to(dtype), k.to(dtype), v.to(dtype), mask="causal", engine=engine))
 
-    exact = attend("definition", torch.float64)
+    def recurrence(engine: str, dtype: torch.dtype) -> torch.Tensor:
+        gates: dict[str, Any] = {"decay": decay.to(dtype), "beta": beta.to(dtype), "rule": "delta"}
+        return _tensor(
+            tilewise.recurrence.scan(q.to(dtype), unit.to(dtype), v.to(dtype), engine=engine, **gates)
+        )
+
+    yield from _checks("attention", attention, kernels.engines(), speed_of)
+    yield from _checks("recurrence", recurrence, list(ENGINES), scan_speed_of)
+
+
+def _tensor(out: Any) -> torch.Tensor:
+    return (out if isinstance(out, torch.Tensor) else out[0]).double()
+
+
+def _checks(
+    operator: str,
+    run: Callable[[str, torch.dtype], torch.Tensor],
+    engines: Sequence[str],
+    speed: Callable[[str], float],
+) -> Iterator[Check]:
+    """Each engine of an operator, run by `run(engine, dtype)`."""
+    from tilewise import kernels
+
+    exact = run("definition", torch.float64)
 
     def error(engine: str) -> float:
-        return ((attend(engine, torch.float32) - exact).norm() / exact.norm()).item()
+        return ((run(engine, torch.float32) - exact).norm() / exact.norm()).item()
 
     allowed = 2 * error("definition")
-    for engine in kernels.engines():
-        check = Check("attention", engine, allowed=allowed)
+    for engine in engines:
+        check = Check(operator, engine, allowed=allowed)
         try:
             check = replace(check, error=error(engine))
             if check.passed:
-                check = replace(check, speed=speed_of(engine))
+                check = replace(check, speed=speed(engine))
         except kernels.EngineRefused as refusal:
             check = replace(check, refused=str(refusal))
         except _FAILURES as failure:
@@ -89,12 +116,25 @@ def speed_of(engine: str, n: int = 1024) -> float:
     import tilewise
 
     q, k, v = (torch.randn(1, 8, n, 64) for _ in range(3))
+    return 4 * 8 * n * n * 64 / _best(lambda: tilewise.attend(q, k, v, engine=engine)) / 1e9
+
+
+def scan_speed_of(engine: str, n: int = 1024) -> float:
+    """GFLOP/s of additive linear attention, 8 heads of 64, float32, on its 4 x 64 x 64 operations for a token."""
+    from tilewise.recurrence import scan
+
+    q, k, v = (torch.randn(1, 8, n, 64) for _ in range(3))
+    return 4 * 8 * n * 64 * 64 / _best(lambda: scan(q, k, v, engine=engine)) / 1e9
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs."""
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
-        tilewise.attend(q, k, v, engine=engine)
+        run()
         best = min(best, time.perf_counter() - start)
-    return 4 * 8 * n * n * 64 / best / 1e9
+    return best
 
 
 def facts() -> dict[str, str]:

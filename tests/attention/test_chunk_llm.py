@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conformance.common import exact, grid, qkv, with_grads
+from tests.conformance.common import qkv
 from tilewise.attention import Pass, Plan, attend, plan
 from tilewise.attention.gates import ChunkAdapters, Gates, chunk_lesson, chunk_loss, fit
 from tilewise.attention.gates import chunks as chunks_module
 from tilewise.attention.recipes.chunk_llm import ChunkLLM, best
-from tilewise.tiles import Causal, Documents, Padding, TileMap, Tiling, Window
+from tilewise.tiles import Causal, Padding, TileMap, Tiling
 
 N, LAYERS = 1024, (2, 4, 5)
 LEARNT = 96_000  # bytes of the sample that adapters learn from
@@ -105,13 +105,13 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _held(method: ChunkLLM, q: Tensor, k: Tensor, weights: Tensor) -> tuple[float, float, int]:
-    """Share of the true attention that is read, share of all visible scores that are computed, rows that choose."""
+    """Share of the true attention that is read, share of all visible scores that are computed, and chunks."""
     made = plan(method, q, k, mask="causal")
     kept = made.kept(torch.arange(N), torch.arange(N), 1)
     return (
         float((weights * kept).sum() / weights.sum()),
         float(kept.sum() / SEEN.sum()),
-        made.tile_maps[0].keep.shape[2],
+        method.chunks(k, made.view).shape[2] - 1,
     )
 
 
@@ -140,8 +140,8 @@ def test_a_choice_per_chunk_is_worth_one_per_token(model, trained):
         adapters, blank = trained[layer], ChunkAdapters(64, 4, 2, seed=90 + layer)
         blank.load_state_dict({**adapters.state_dict(), "query": blank.query, "key": blank.key})
         given = (q, k, _weights(q, k))
-        held, cost, rows = _held(ChunkLLM(adapters, top_k=6, **settings), *given)
-        choices += rows - 1
+        held, cost, chunks = _held(ChunkLLM(adapters, top_k=6, **settings), *given)
+        choices += chunks - 1
         controls = (
             (ChunkLLM, adapters, {"every": True}),
             (_AtRandom, adapters, {}),
@@ -233,9 +233,9 @@ def test_token_by_token_equals_all_at_once(prompt):
         assert (state.refreshes > before) == (state.starts[-1] == n)
         assert state.refreshes > before or state.chosen is chosen
     torch.testing.assert_close(torch.cat(out, 2), whole)
-    tiles = plan(method, q, k, mask="causal").tile_maps[0]
+    bounds = method.chunks(k, Causal().bind(80, 80))[0, 0].tolist()
     assert state.refreshes == len(state.starts) - 1
-    assert [b for b in state.starts if b < 80] == tiles.k_tiling.bounds[0, 0, :-1].tolist()
+    assert [b for b in state.starts if b < 80] == bounds[:-1]
     assert 4 < state.refreshes < 40
 
 
@@ -258,41 +258,6 @@ def test_target_is_the_share_of_attention_whatever_the_pieces(monkeypatch):
             torch.testing.assert_close(
                 lesson.target[0, row].double(), torch.stack(want), rtol=1e-5, atol=1e-6
             )
-
-
-MASKS = {
-    "causal": "causal",
-    "none": None,
-    "window": Causal() & Window(40, None),
-    "documents": Causal() & Documents(torch.tensor([0, 30, 30, 130])),
-    "padding": Causal() & Padding(torch.arange(130).ge(torch.tensor([[13], [40]]))),
-}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("every", [False, True])
-def test_computes_what_it_says(mask, every):
-    q, k, v = qkv(b=2, heads=4, kv_heads=2, n_q=130)
-    method = ChunkLLM(ChunkAdapters(8, 4, 2, seed=4), top_k=2, longest=12, every=every)
-    seen, visible = (grid(plan(x, q, k, mask=mask), 2, 4, 130, 130) for x in (method, "dense"))
-    assert not (seen & ~visible).any() and torch.equal(seen.any(-1), visible.any(-1))
-    d_out = torch.randn_like(q)
-    run = lambda q, k, v, bias: attend(q, k, v, method, mask=mask)  # noqa: E731
-    exact(q, k, v, seen, d_out).check(with_grads(run, q, k, v, d_out))
-    full = ChunkLLM(method.adapters, top_k=10**6, longest=12)
-    if mask is not None:  # chunks that lie ahead are never chosen
-        assert torch.equal(grid(plan(full, q, k, mask=mask), 2, 4, 130, 130), visible)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [0, 1, 2, 17, 129])
-def test_edge_lengths_and_low_precision(n, dtype):
-    q, k, v = qkv(heads=4, kv_heads=2, n_q=n, dtype=dtype)
-    method = ChunkLLM(ChunkAdapters(8, 4, 2), top_k=2, longest=20)
-    for size in (1, 100):
-        made = plan(method, size * q, size * k, mask="causal")
-        out = attend(size * q, size * k, v, made, mask="causal")
-        assert out.dtype == dtype and out.shape == q.shape and out.isfinite().all() and 0 <= made.density <= 1
 
 
 def test_later_tokens_never_change_earlier_choices():
@@ -327,8 +292,21 @@ def test_what_does_not_fit_is_refused():
         ChunkLLM(3)
     with pytest.raises(ValueError, match="this ChunkAdapters is for 4 query heads, 2 kv heads"):
         attend(q, q, q, ChunkLLM(adapters), mask="causal")
-    with pytest.raises(ValueError, match="does not support decode"):
+    with pytest.raises(ValueError, match="decodes with the state of the 39 tokens before.*it has none"):
         attend(q[:, :, :1], k, v, ChunkLLM(adapters), mask="causal")
+    with pytest.raises(ValueError, match="does not support chunked prefill"):
+        attend(q[:, :, :2], k, v, ChunkLLM(adapters), mask="causal")
+    _, state = ChunkLLM(adapters).start(q[:, :, :30], k[:, :, :30], v[:, :, :30])
+    for method in (ChunkLLM(adapters, state=state), ChunkLLM(adapters, every=True).with_state(state)):
+        with pytest.raises(
+            ValueError, match="of the 39 tokens before, and without every=True; it has that of 30"
+        ):
+            attend(q[:, :, :1], k, v, method, mask="causal")
+    with pytest.raises(ValueError, match="goes on token by token, this is token 40 after 30"):
+        ChunkLLM(adapters).carry(q[:, :, :1], k, Causal().bind(1, 40), state)
+    with pytest.raises(ValueError, match="without padding"):
+        mask = Causal() & Padding(torch.arange(40).ge(3).unsqueeze(0))
+        ChunkLLM(adapters).carry(q, k, mask.bind(40, 40), None)
     with pytest.raises(ValueError, match="one sequence of at least one token"):
         ChunkLLM(adapters).start(q[:, :, :0], k[:, :, :0], v[:, :, :0])
     with pytest.raises(ValueError, match=r"ends must be bool \[40\] with an end before the last token"):

@@ -35,6 +35,13 @@ def steps_of(x: Tensor, largest: Tensor) -> Tensor:
     return (y / unit).round() * unit * (largest.double() / 448)  # round() is to even
 
 
+def half_way(x: Tensor, largest: Tensor) -> Tensor:
+    """Numbers so near the middle of two steps that the rounding of their scale in float32 decides."""
+    y = x.double() / (largest.double() / 448)
+    parts = y / 2.0 ** (y.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    return ((parts - parts.floor()) - 0.5).abs() < 64 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.evidence
 def test_a_box_of_the_video_has_one_scale_and_is_one_tile():
     """The scales are those of exactly the tiles that are computed or not, as many as there are boxes.
@@ -52,10 +59,10 @@ def test_a_box_of_the_video_has_one_scale_and_is_one_tile():
         2, boxes.flatten().expand(1, 4, -1), largest.repeat_interleave(32, 2)
     )
     call = made.calls(q, k, v, None, 1.0, None, False)[0]
-    torch.testing.assert_close(call.q.double(), steps_of(q, per_token.unsqueeze(3)), rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(
-        call.v.double(), steps_of(v, v.abs().amax(2, keepdim=True)), rtol=2e-6, atol=1e-7
-    )
+    for x, got, most in ((q, call.q, per_token.unsqueeze(3)), (v, call.v, v.abs().amax(2, keepdim=True))):
+        clear = ~half_way(x, most)
+        assert clear.float().mean() > 0.999
+        torch.testing.assert_close(got[clear].double(), steps_of(x, most)[clear], rtol=2e-6, atol=1e-7)
     assert one.tiles.keep.shape[2:] == (64, 64) and call.weights == torch.float8_e4m3fn
     tile = one.tiles.q_tiling.ids(2048, "cpu").flatten()
     in_line = one.q_order.flatten() // 32
@@ -251,27 +258,6 @@ def test_windows_are_those_of_sliding_tiles():
     )
 
 
-def test_full_windows_are_dense_and_masks_hold():
-    full = FPSAttention((4, 4, 6), (2, 2, 3), (2, 2, 2), precision=None)
-    q, k, v = qkv(2, 4, 2, 96)
-    for mask in (None, "causal", Padding(torch.arange(96).ge(torch.tensor([[10], [0]])))):
-        torch.testing.assert_close(
-            attend(q, k, v, full, mask=mask), attend(q, k, v, mask=mask), rtol=1e-12, atol=1e-12
-        )
-        got = attend(q, k, v, SMALL, mask=mask, return_lse=True)
-        assert got.out.isfinite().all() and plan(SMALL, q, k, mask=mask).density < 1
-
-
-def test_causal_outputs_without_rounding_see_no_future():
-    q, k, v = qkv(1, 2, 2, 96, dtype=torch.float32)
-    later = [x.clone() for x in (q, k, v)]
-    for x in later:
-        x[:, :, 50:] = 50 * torch.randn_like(x[:, :, 50:])
-    outs = [attend(*x, EXACT, mask="causal", engine="torch")[:, :, :50] for x in ((q, k, v), later)]
-    assert torch.equal(*outs)
-    assert EXACT.lookahead == "none" and SMALL.lookahead == "prompt"
-
-
 @pytest.mark.parametrize("before", [0, 7])
 @pytest.mark.parametrize("group", ["tile", "token", "head", "tensor"])
 @pytest.mark.parametrize("values", [False, True])
@@ -305,15 +291,6 @@ def test_rounding_is_its_definition(group, values, before):
     assert (call.weights is None) == (not values)
     text = attend(q, k, v, replace(method, precision=None), mask=mask)[:, :, :before]
     torch.testing.assert_close(text, attend(q, k, v, mask=mask)[:, :, :before])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_formats(dtype):
-    """The rounding of E4M3, at most 1/16 of a number and a little more for sums, in whatever format."""
-    q, k, v = qkv(2, 4, 2, 96, d=16, dtype=dtype)
-    got = attend(q, k, v, SMALL)
-    assert got.dtype == dtype
-    assert error(got.double(), attend(q.double(), k.double(), v.double(), EXACT)) < 2 / 16
 
 
 def test_zeros_infinities_and_empty_heads():

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import tilewise
 from tests import tiny
 from tests.conformance.common import qkv
-from tilewise.attention import Layout
+from tilewise.attention import SLA, SPT, Boxes, Layout
+from tilewise.attention import scores as scores_module
 from tilewise.attention.gates import (
     BlockGate,
     BlockLoss,
@@ -28,11 +30,10 @@ from tilewise.attention.gates import (
     chunk_loss,
     fit,
 )
-from tilewise.attention.gates import block_gate as block_gate_module
 from tilewise.attention.gates.rotary import frequencies, resampled, turn
 from tilewise.attention.gates.store import describe, rebuild
 from tilewise.errors import UserError
-from tilewise.models import capture
+from tilewise.models import bundled_gates, capture, gated, gated_names, load_model, serves
 from tilewise.models.gates import load_gates, save_gates
 from tilewise.tiles import NONE, Causal, Documents, Padding, Tiling, Window
 
@@ -149,7 +150,7 @@ def test_hidden_keys_do_not_enter_whatever_they_hold():
 )
 @pytest.mark.parametrize("at_once", [1, 1000, 10**9])
 def test_true_max_is_its_definition_whatever_the_pieces(mask, at_once, monkeypatch):
-    monkeypatch.setattr(block_gate_module, "AT_ONCE", at_once)
+    monkeypatch.setattr(scores_module, "IN_CACHE", at_once)
     q, k, _ = qkv(heads=4, kv_heads=2, n_q=50)
     layout = _layout(q, k, 8, mask)
     got = TrueMax().score(layout, layout.kinds() != NONE)
@@ -175,7 +176,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_a_lesson_holds_nothing_n_by_n(monkeypatch):
-    monkeypatch.setattr(block_gate_module, "AT_ONCE", 1 << 16)
+    monkeypatch.setattr(scores_module, "IN_CACHE", 1 << 16)
     n, gate = 1024, BlockGate(8, 4, 2, 6)
     q, k, _ = qkv(heads=4, kv_heads=2, n_q=n, dtype=torch.float32)
     with _Largest() as largest:
@@ -221,6 +222,97 @@ def test_other_kinds_are_saved_and_loaded_too(tmp_path, kind):
     found = load_gates(tmp_path / "g", model=tiny.make("llama"))
     assert type(found[1]) is kind and found[1].settings() == gates[1].settings()
     assert all(torch.equal(x, found.state_dict()[name]) for name, x in gates.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda: SLA(8, 0.2, 0.3, tile=(16, 32), feature="elu"),
+        lambda: SPT(8, subspaces=4, codewords=3, share=0.5),
+    ],
+)
+def test_layers_that_serve_as_gates_are_saved_and_loaded_too(tmp_path, kind):
+    torch.manual_seed(0)
+    gates = Gates({layer: kind() for layer in (0, 2)})
+    for x in gates.parameters():
+        torch.nn.init.normal_(x)
+    save_gates(gates, tmp_path / "g", dtype=torch.float32)
+    found = load_gates(tmp_path / "g", model=tiny.make("llama"))
+    assert found[2].settings() == gates[2].settings() and found[2].method().parameters().keys()
+    assert all(torch.equal(x, found.state_dict()[name]) for name, x in gates.state_dict().items())
+
+
+def test_a_file_holds_no_order(tmp_path):
+    with pytest.raises(ValueError, match="a file holds an SLA in the tokens' own order"):
+        save_gates(Gates({0: SLA(8, order=Boxes((4, 4), (2, 2)))}), tmp_path / "g")
+
+
+# What they serve
+
+EACH = {
+    "seer-attention": (lambda seed: BlockGate(8, 4, 2, 6, seed=seed), {"top_k": 2, "tile": 16}),
+    "dhsa": (lambda seed: BoundaryPredictor(8, 4, 2, seed=seed), {"budget": 40, "block": 16, "local": 8}),
+    "chunk-llm": (lambda seed: ChunkAdapters(8, 4, 2, seed=seed), {"top_k": 2, "longest": 12}),
+    "sla": (lambda seed: SLA(8, tile=(16, 16)), {"critical": 0.2, "negligible": 0.0}),
+    "spt": (lambda seed: SPT(8), {"share": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_gates_become_the_method_they_serve_in_their_layers(name):
+    """With the settings given, and in a patched model, where another seed of the gates is another method."""
+    torch.manual_seed(0)
+    make, settings = EACH[name]
+    one, other = (Gates({layer: make(seed + layer) for layer in (0, 2)}) for seed in (0, 7))
+    if name == "sla":
+        torch.nn.init.normal_(other[2].project.weight)
+    recipe = gated(one, **settings)
+    assert serves(one) == name and set(recipe.methods) == {0, 2} and recipe.layers is None
+    assert all(getattr(recipe.methods[2], key) == value for key, value in settings.items())
+    assert recipe.decodes is ("decode" in recipe.modes) is (name in ("chunk-llm", "spt"))
+    assert recipe.needs != "nothing" and "a search" not in recipe.needs
+    model, tokens = (
+        tiny.make("llama"),
+        torch.randint(256, (1, 150), generator=torch.Generator().manual_seed(0)),
+    )
+
+    def logits(setting):
+        with torch.no_grad(), tilewise.patch(model, setting):
+            return model(tokens, use_cache=False).logits
+
+    mine = logits(recipe)
+    assert torch.equal(mine, logits(dict(recipe.methods)))
+    for wrong in (gated(other, **settings), "dense"):
+        assert (mine - logits(wrong)).abs().max() > 1e-5
+
+
+def test_settings_that_do_not_fit_are_refused():
+    gates = _gates()
+    assert gated(gates, threshold=0.1).methods[0].top_k is None and gated(gates).methods[0].top_k == 8
+    with pytest.raises(ValueError, match="the settings of seer-attention are threshold, tile, top_k, got g"):
+        gated(gates, odd=1, gate=3)
+    with pytest.raises(ValueError, match="tile must be an integer >= 1, got 0"):
+        gated(gates, tile=0)
+    with pytest.raises(ValueError, match="name must be one of seer-attention, dhsa, .*got 'moba'"):
+        bundled_gates("moba")
+    with pytest.raises(ValueError, match="layers must be the number of the model's layers"):
+        gated(gates).save("nowhere.json")
+
+
+@pytest.mark.parametrize("name", gated_names())
+def test_gates_of_the_bundled_model_come_with_it(name):
+    """They fit it, serve what their file is called, are small, and read as it does: no leak."""
+    model, _ = load_model()
+    gates = load_gates(bundled_gates(name), model=model)
+    assert serves(gates) == name and gates.layers == tuple(range(6))
+    assert bundled_gates(name).stat().st_size < 300_000
+    recipe, tokens = (
+        gated(gates),
+        torch.tensor([list(b"What the gates of this model were trained for. " * 8)]),
+    )
+    with torch.no_grad(), tilewise.patch(model, recipe, decode=recipe if recipe.decodes else "dense"):
+        cache = model(tokens[:, :-1], use_cache=True).past_key_values
+        assert model(tokens[:, -1:], past_key_values=cache).logits.isfinite().all()
 
 
 # Training

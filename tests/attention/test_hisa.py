@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.attention.compared import captured
 from tests.conformance.common import exact, grid, qkv, with_grads
 from tests.conformance.weighted import MASKS, N, error
-from tilewise.attention import Plan, attend, plan
+from tilewise.attention import Plan, attend, explain, plan
 from tilewise.attention.recipes.hisa import HISA, Index, Indexer
-from tilewise.tiles import Causal, Padding, TokenMask, Window
+from tilewise.kernels.choose_keys import Call, native
+from tilewise.kernels.choose_keys import torch as torch_engine
+from tilewise.tiles import Causal, Padding, TokenMask, Visibility, Window
 
 SMALL = HISA(block=8, blocks=4, top_k=12)
 LATE = 512  # queries that see more keys than are searched
@@ -24,23 +26,10 @@ LATE = 512  # queries that see more keys than are searched
 class RandomBlocks(HISA):
     """The control: as many blocks, drawn at random, and the same scores within them."""
 
-    def _descend(self, index: Index, means: Tensor, blocks: int, rows: slice, seen: Tensor) -> Tensor:
-        q = torch.randn(index.q.shape, generator=torch.Generator().manual_seed(rows.start or 0))
-        blind = Index(q.to(index.q.dtype), index.k, index.weight)
-        drawn = blind.scores(rows, torch.randn_like(means))
-        return super()._descend(_Blind(*index, drawn), means, blocks, rows, seen)
-
-
-class _Blind(Index):
-    """An index whose scores of blocks are given."""
-
-    def __new__(cls, q, k, weight, drawn):
-        self = super().__new__(cls, q, k, weight)
-        self.drawn = drawn
-        return self
-
-    def scores(self, rows: slice, keys: Tensor) -> Tensor:
-        return self.drawn if keys.ndim == 4 else super().scores(rows, keys)
+    def _search(self, index: Index, view: Visibility, blocks: int) -> Call:
+        g = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(x.shape, generator=g) for x in (index.q, index.k))
+        return super()._search(Index(q, k, index.weight), view, blocks)
 
 
 def _topics(n: int, heads: int = 16, d: int = 64, noise: float = 0.4, seed: int = 0) -> Index:
@@ -69,7 +58,7 @@ def _noise(n: int, heads: int = 16, d: int = 32) -> Index:
 
 def _iou(one: Plan, two: Plan, first: int = LATE) -> float:
     """Mean over queries from `first` on of the tokens both choose over those that either does."""
-    index = [made.passes[0].reads.index[:, :, first:] for made in (one, two)]
+    index = [made.passes[0].reads.index[:, :, first:].long() for made in (one, two)]
     n = int(max(x.max() for x in index)) + 1
     chosen = [torch.zeros(*x.shape[:3], n + 1).scatter_(3, x.masked_fill(x < 0, n), 1.0) for x in index]
     a, b = (x[..., :n].bool() for x in chosen)
@@ -98,21 +87,35 @@ def test_the_flat_indexers_choice_is_found_where_attention_is_peaked(seed):
     assert _iou(_plan(RandomBlocks(16, 32, 48, index), n), flat, n - 200) < 0.25
 
 
-def _products(method: HISA, n: int) -> float:
-    """Products of a query and a key or mean that the choice computes, per head and query, counted as it runs."""
-    index = _noise(n, heads=2, d=4)
-    with FlopCounterMode(display=False) as counter:
-        _plan(method.given(index), n)
+def _products(method: HISA, n: int, engine: str = "torch") -> float:
+    """Products of a query and a key or mean that the choice computes, per head and query, counted as it runs.
+
+    PyTorch counts its own, and the native engine the rows and columns of its products.
+    """
+    made = method.given(_noise(n, heads=2, d=4))
+    if engine == "native":
+        native.scores_computed()
+        _plan(made, n)
+        return native.scores_computed() / (2 * n)
+    with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
+        patch.setattr("tilewise.attention.recipes.hisa.choose_keys", torch_engine.forward)
+        _plan(made, n)
     return counter.get_total_flops() / (2 * 4 * 2 * n)
 
 
 @pytest.mark.evidence
 def test_products_counted():
-    """N for each query of the flat indexer; N / block + blocks x block of the hierarchy, whatever the data."""
+    """N for each query of the flat indexer; N / block + blocks x block of the hierarchy, whatever the data.
+
+    The native engine leaves out what is not visible (causal: about half of the flat indexer's keys), and rounds up
+    to the rows and columns its products like.
+    """
     for n in (1024, 2048, 4096):
         assert _products(HISA(64, None, 32), n) == n
         assert _products(HISA(64, 8, 32), n) == n // 64 + 8 * 64
     assert _products(HISA(64, None, 32), 8192) == 12.8 * _products(HISA(64, 8, 32), 8192)
+    flat, hierarchy = (_products(HISA(64, blocks, 32), 8192, "native") for blocks in (None, 8))
+    assert 4096 < flat < 1.1 * 4096 and hierarchy < 1.1 * (8192 // 64 + 8 * 64)
 
 
 @pytest.mark.evidence
@@ -238,6 +241,18 @@ def test_an_index_serves_one_sequence():
         ValueError, match="the index is of 50 queries, 50 keys and batch 1, the call has 49, 49 and 1"
     ):
         attend(*(x[:, :, 1:] for x in (q, k, v)), method)
+
+
+def test_who_chooses_is_explained():
+    q, k, v = qkv(1, 2, 2, 64, dtype=torch.float32)
+    for blocks, stages in ((4, 2), (None, 1)):
+        made = plan(replace(SMALL, blocks=blocks), q, k, mask="causal")
+        assert [choice.engine for choice in made.choices] == ["native"] * stages
+        said = str(explain(q, k, v, made))
+        assert said.count("of keys runs on native") == stages and "    not torch: native comes first" in said
+        bare = Plan(made.passes, made.view, choices=())
+        assert "of keys" not in str(explain(q, k, v, bare))
+        torch.testing.assert_close(attend(q, k, v, bare), attend(q, k, v, made))
 
 
 def test_padding_is_in_no_mean():

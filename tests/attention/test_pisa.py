@@ -153,9 +153,11 @@ def test_covariance_aware_selection_spends_where_means_fail():
         dense = attend(q, k, v)
         method = PISA(0.25, taylor=0, tile=32)
         shifted = v.roll(32, 2)  # the neighbouring tile's
-        plain, aware, wrong = (replace(method, values=x) for x in (None, v, shifted))
-        assert plan(plain, q, k).density == plan(aware, q, k).density == plan(wrong, q, k).density
-        errors = [error(attend(q, k, v, x), dense) for x in (plain, aware, wrong)]
+        aware = replace(method, aware=True)
+        plans = [plan(method, q, k), plan(aware, q, k, v=v), plan(aware, q, k, v=shifted)]
+        assert len({made.density for made in plans}) == 1
+        errors = [error(attend(q, k, v, x), dense) for x in plans]
+        assert error(attend(q, k, v, aware), dense) == errors[1], "attend gives the values itself"
         assert errors[1] < 0.95 * errors[0] < 0.95 * errors[2], errors
 
 
@@ -176,17 +178,17 @@ def test_moment_score_is_its_formula():
                 logits[i, j] = pooled + (moment.norm() + 1e-5).log()
         torch.testing.assert_close(got[head], logits.softmax(-1), rtol=1e-6, atol=1e-9)
     with pytest.raises(ValueError, match=r"values must be \[1, 1, 40, D_v\].*got \[1, 2, 40, 5\]"):
-        plan(PISA(values=v.expand(1, 2, -1, -1)), q, k)
+        MomentPool(values=v.expand(1, 2, -1, -1)).score(layout, among)
 
 
 def test_values_reach_the_score_in_tile_order():
     q, k, v = _half_flat(0)
     shuffled = torch.randperm(1024)
     boxes = Boxes((32, 32), (1, 32))
-    one = plan(PISA(0.25, tile=32, values=v), q, k).tile_maps[0].keep
-    other = plan(PISA(0.25, values=v, order=boxes), q, k).tile_maps[0].keep
+    one = plan(PISA(0.25, tile=32, aware=True), q, k, v=v).tile_maps[0].keep
+    other = plan(PISA(0.25, aware=True, order=boxes), q, k, v=v).tile_maps[0].keep
     assert torch.equal(one, other)
-    wrong = plan(PISA(0.25, values=v[:, :, shuffled], order=boxes), q, k).tile_maps[0].keep
+    wrong = plan(PISA(0.25, aware=True, order=boxes), q, k, v=v[:, :, shuffled]).tile_maps[0].keep
     assert not torch.equal(one, wrong)
 
 
@@ -225,7 +227,7 @@ def test_padding_may_hold_anything():
         filled = [x.clone() for x in (k, v)]
         for x in filled:
             x[:, :, 40:] = value
-        outs.append(attend(q, *filled, replace(SMALL, values=filled[1]), mask=mask))
+        outs.append(attend(q, *filled, replace(SMALL, aware=True), mask=mask))
     assert torch.equal(*outs) and outs[0].isfinite().all()
 
 
@@ -237,6 +239,7 @@ def test_padding_may_hold_anything():
         ({"taylor": 2}, "taylor must be 0 or 1"),
         ({"tile": 0}, "tile must be an integer"),
         ({"tile": 1.5}, "tile must be an integer"),
+        ({"aware": 1}, "aware must be True or False, got 1"),
     ],
 )
 def test_bad_settings(options, message):

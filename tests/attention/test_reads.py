@@ -28,24 +28,28 @@ def _grid(index: torch.Tensor, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("groups", [1, KV, HEADS])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_lists_are_attention_over_the_keys_they_name(groups, padded, engine):
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_lists_are_attention_over_the_keys_they_name(groups, padded, biased, engine):
     """Forward, and backward where keys are gathered; for every number of heads that may share a list."""
     b = 2
     q, k, v = qkv(b, HEADS, KV, N, d_v=5)
     mask = Causal() & Padding(torch.arange(N).ge(torch.tensor([[0], [9]]))) if padded else Causal()
-    index = _lists(groups, N, 7, b)
+    index = _lists(groups, N, 7, b).to(torch.int32 if padded else torch.int64)
     view = mask.bind(N, N)
     made = Plan((Pass(view, reads=Lists(index=index)),), view)
-    seen = repeat(_grid(index, N), HEADS) & view.tokens()
-    run = run_or_refuse(engine, q, k, v, made)
+    seen = repeat(_grid(index.long(), N), HEADS) & view.tokens()
+    bias = torch.randn(1, HEADS, N, N, dtype=torch.float64) if biased else None
+    run = run_or_refuse(engine, q, k, v, made, bias=bias)
     if run is None:
         return
     d_out = torch.randn(b, HEADS, N, 5, dtype=torch.float64)
-    want = exact(q, k, v, seen, d_out)
-    want.check(with_grads(run, q, k, v, d_out))
+    want = exact(q, k, v, seen, d_out, bias)
+    want.check(with_grads(run, q, k, v, d_out, bias))
     with torch.no_grad():
-        want.check({"out": run(q, k, v, None)})
-        partial = tilewise.attend(q.float(), k.float(), v.float(), made, return_lse=True)
+        want.check({"out": run(q, k, v, bias)})
+        narrow = [x.float() for x in (q, k, v)]
+        added = None if bias is None else bias.float()
+        partial = tilewise.attend(*narrow, made, bias=added, return_lse=True)
     lse = want.lse.masked_fill(want.lse == -torch.inf, 0)
     assert float((partial.lse.masked_fill(partial.lse == -torch.inf, 0) - lse).abs().max()) < 1e-5
     assert torch.equal(partial.lse == -torch.inf, want.lse == -torch.inf)
@@ -55,11 +59,18 @@ def test_lists_are_attention_over_the_keys_they_name(groups, padded, engine):
 
 
 def test_lists_that_do_not_fit_are_refused():
-    q, k, v = qkv(1, 2, 2, 9)
+    q, k, v = qkv(1, 2, 2, 9, dtype=torch.float32)
     view = Causal().bind(9, 9)
-    made = Plan((Pass(view, reads=Lists(_lists(1, 9, 3))),), view)
-    with pytest.raises(ValueError, match="token-level selection takes no bias"):
-        tilewise.attend(q, k, v, made, bias=torch.zeros(9, dtype=torch.float64))
+    for index, message in (
+        (_lists(1, 8, 3), r"lists must be \[1, H, 9, K\] for this call, got \[1, 1, 8, 3\]"),
+        (_lists(1, 9, 3, b=2), r"lists must be \[1, H, 9, K\] for this call, got \[2, 1, 9, 3\]"),
+        (_lists(3, 9, 3), "lists must be for 1, 2 or 2 heads, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tilewise.attend(q, k, v, Plan((Pass(view, reads=Lists(index)),), view))
+    beyond = Plan((Pass(view, reads=Lists(torch.full((1, 1, 9, 2), 9))),), view)
+    with pytest.raises(ValueError, match="lists must name keys 0 to 8, or -1 for none, got 9"):
+        tilewise.attend(q, k, v, beyond, engine="native")
     dense = TokenMask(torch.ones(9, 9, dtype=torch.bool)).bind(9, 9)
     with pytest.raises(ValueError, match="masks made of positions, not a boolean grid"):
         tilewise.attend(q, k, v, Plan((Pass(dense, reads=Lists(_lists(1, 9, 3))),), view))

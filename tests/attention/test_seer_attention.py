@@ -11,11 +11,11 @@ from torch import Tensor
 import tilewise
 from tests import tiny
 from tests.attention.synthetic import true_mass
-from tests.conformance.common import exact, grid, qkv, with_grads
+from tests.conformance.common import qkv
 from tilewise.attention import Antidiagonal, Layout, MeanPool, Own, Tiles, TopK, attend, plan
 from tilewise.attention.gates import BlockGate, BlockLoss, Gates, TrueMax, block_lesson, fit
 from tilewise.attention.recipes.seer_attention import Above, Learned, SeerAttention
-from tilewise.tiles import Causal, Documents, Padding, Tiling, Window
+from tilewise.tiles import Causal, Tiling
 
 N, TILE, LAYERS = 2048, 64, 6
 LEARNT = 96_000  # bytes of the sample that the bundled gates were trained on
@@ -167,67 +167,6 @@ def test_choice_is_its_definition(top_k):
             else:
                 want = {row, *(j for j in range(row) if shares[j] >= threshold)}
             assert set(keep[0, head, row].nonzero().flatten().tolist()) == want
-
-
-MASKS = {
-    "none": None,
-    "causal": "causal",
-    "window": Causal() & Window(40, None),
-    "documents": Causal() & Documents(torch.tensor([0, 30, 30, 130])),
-    "padding": Causal() & Padding(torch.arange(130).ge(torch.tensor([[13], [40]]))),
-}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize(
-    "settings", [{"top_k": 3}, {"top_k": 99}, {"threshold": 0.2}, {"threshold": 0.0}], ids=str
-)
-def test_computes_what_it_says_and_all_at_full_density(mask, settings):
-    q, k, v = qkv(b=2, heads=4, kv_heads=2, n_q=130)
-    method = SeerAttention(gate=BlockGate(8, 4, 2, 6), tile=16, **settings)
-    seen, visible = (grid(plan(x, q, k, mask=mask), 2, 4, 130, 130) for x in (method, "dense"))
-    full = settings in ({"top_k": 99}, {"threshold": 0.0})
-    assert torch.equal(seen, visible) if full else not (seen & ~visible).any()
-    assert full or mask is MASKS["documents"] or seen.sum() < 0.9 * visible.sum()
-    d_out = torch.randn_like(q)
-    run = lambda q, k, v, bias: attend(q, k, v, method, mask=mask)  # noqa: E731
-    exact(q, k, v, seen, d_out).check(with_grads(run, q, k, v, d_out))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("n_q", "n_k"), [(0, 0), (1, 1), (17, 17), (129, 129), (40, 100), (33, 5), (0, 7)])
-def test_edge_lengths_and_low_precision(n_q, n_k, dtype):
-    q, k, v = qkv(heads=4, kv_heads=2, n_q=n_q, n_k=n_k, dtype=dtype)
-    method = SeerAttention(BlockGate(8, 4, 2, 6, rotary=None), top_k=2, tile=16)
-    for size in (1, 100):
-        made = plan(method, size * q, size * k, mask="causal")
-        out = attend(size * q, size * k, v, made, mask="causal")
-        assert out.dtype == dtype and out.shape == q.shape and out.isfinite().all() and 0 <= made.density <= 1
-
-
-@pytest.mark.parametrize("settings", [{"top_k": 3}, {"threshold": 0.2}], ids=str)
-def test_later_tiles_never_change_earlier_outputs(settings):
-    q, k, v = qkv(heads=4, kv_heads=2, n_q=97, dtype=torch.float32)
-    method = SeerAttention(BlockGate(8, 4, 2, 6), tile=16, **settings)
-    assert method.lookahead == "tile"
-    changed = [x.clone() for x in (q, k, v)]
-    for x in changed:
-        x[:, :, 64:] = 50 * torch.randn_like(x[:, :, 64:])
-    before, after = (attend(*x, method, mask="causal")[:, :, :64] for x in ((q, k, v), changed))
-    assert torch.equal(before, after)
-
-
-def test_compiled_equals_eager(monkeypatch):
-    monkeypatch.undo()  # the poisoned `torch.empty` is Python, which the compiler would trace
-    torch._dynamo.reset()
-    gate = BlockGate(8, 4, 2, 6).requires_grad_(False)
-    inputs = [x.requires_grad_() for x in qkv(heads=4, kv_heads=2, n_q=97, dtype=torch.float32)]
-    for settings in ({"top_k": 3}, {"threshold": 0.2}):
-        method = SeerAttention(gate, tile=16, **settings)
-        run = lambda *x: attend(*x, method, mask="causal")  # noqa: B023, E731
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs), run(*inputs))
-    torch._dynamo.reset()
 
 
 def test_every_layer_of_a_model_uses_its_own_gate():

@@ -16,7 +16,8 @@ from tests.conformance.weighted import MASKS, N, error
 from tilewise.attention import Centroid, Own, Tiles, attend, plan
 from tilewise.attention.recipes.spark import Spark, spark_attention
 from tilewise.attention.statistical import StatisticalTopK
-from tilewise.attention.token_choice import compact, lists_plan
+from tilewise.attention.token_choice import lists_plan
+from tilewise.kernels.choose_keys.compact import compact
 from tilewise.tiles import Causal, Padding, Window
 
 SMALL = Spark(top_k=12, rank=4)
@@ -92,7 +93,7 @@ def test_linear_time_without_a_sort():
     for call in (StatisticalTopK(40).soft, lambda x: compact(StatisticalTopK(40).keep(x), 80)):
         few, many = _reads(call, 4096), _reads(call, 8192)
         assert not few.names & sorts
-        assert many.numbers / few.numbers == pytest.approx(2, rel=1e-3)
+        assert 1.9 < many.numbers / few.numbers < 2.002  # the lists themselves do not grow
     assert _reads(lambda x: x.topk(40, -1), 4096).names & sorts
 
 
@@ -181,7 +182,7 @@ def test_rows_of_few_and_of_equal_numbers():
 def test_compact_lists_places_in_order():
     keep = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
     assert compact(keep, 3).tolist() == [[0, 2, 3], [-1, -1, -1], [1, 2, 3]]
-    assert compact(keep, 4).tolist() == [[-1, 0, 2, 3], [-1] * 4, [0, 1, 2, 3]]
+    assert compact(keep, 4).tolist() == [[0, 2, 3, -1], [-1] * 4, [0, 1, 2, 3]]
     assert compact(keep[:, :0], 2).tolist() == [[-1, -1]] * 3
 
 

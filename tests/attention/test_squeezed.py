@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.attention.compared import captured
 from tests.conformance.common import ENGINES, exact, grid, qkv, repeat, run_or_refuse, with_grads
-from tests.conformance.weighted import error
+from tests.conformance.weighted import MASKS, error, narrowed
+from tests.conformance.weighted import N as N_KEYS
 from tilewise.attention import PageBounds, Plan, Tiles, TopK, attend, plan
 from tilewise.attention.paged.attend import attend_paged
 from tilewise.attention.paged.pages import Pages
@@ -21,7 +22,7 @@ from tilewise.attention.recipes.squeezed import (
     Thresholds,
     calibrate_thresholds,
 )
-from tilewise.tiles import Causal, Documents, Padding, Tiling, TokenMask, Window
+from tilewise.tiles import Causal, Tiling
 
 LAYERS = (1, 2, 3, 4, 5)
 N, CONTEXT, WINDOW = 2048, 1536, 100
@@ -184,25 +185,15 @@ def _made(n: int = 90, after: int = 24, coarse: float | None = None, keep: float
     return q, k, v, SqueezedAttention(context=context, thresholds=thresholds)
 
 
-MASKS = {
-    "causal": Causal(),
-    "none": None,
-    "window": Causal() & Window(70, None),
-    "documents": Causal() & Documents(torch.tensor([0, 30, 114])),
-    "padding": Causal() & Padding(torch.arange(114).ge(torch.tensor([[13], [40]]))),
-    "any": TokenMask(torch.rand(24, 114, generator=torch.Generator().manual_seed(0)) < 0.5),
-}
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("coarse", [None, 0.05], ids=["one level", "two levels"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_is_attention_over_kept_clusters_and_all_that_follows(mask, coarse, engine):
     """Forward and gradients, with a bias; the window and the user's tokens are always read."""
-    q, k, v, method = _made(coarse=coarse)
-    made = plan(method, q, k, mask=mask)
-    seen = repeat(made.view.tokens(), 4).expand(2, 4, 24, 114)
-    pairs = grid(made, 2, 4, 24, 114)
+    q, k, v, method = _made(after=40, coarse=coarse)
+    made = plan(method, q, k, mask=narrowed(mask, 40))
+    seen = repeat(made.view.tokens(), 4).expand(2, 4, 40, N_KEYS)
+    pairs = grid(made, 2, 4, 40, N_KEYS)
     assert torch.equal(pairs[..., 80:], seen[..., 80:]) and not torch.equal(pairs, seen)
     context = method.context
     share = context.shares(q, 8**-0.5, method.thresholds.coarse)[0]
@@ -212,10 +203,10 @@ def test_is_attention_over_kept_clusters_and_all_that_follows(mask, coarse, engi
             context.order[:, head // 2],
             repeat(context.tiling.ids(80, "cpu"), 2)[:, head // 2].expand(2, -1),
         )
-        each = share[:, head].gather(2, own.unsqueeze(1).expand(-1, 24, -1))
+        each = share[:, head].gather(2, own.unsqueeze(1).expand(-1, 40, -1))
         want = (each > method.thresholds.fine) & seen[:, head, :, :80]
         assert torch.equal(pairs[:, head, :, :80], want)
-    bias, d_out = torch.randn(1, 4, 24, 114, dtype=torch.float64), torch.randn_like(q)
+    bias, d_out = torch.randn(1, 4, 40, N_KEYS, dtype=torch.float64), torch.randn_like(q)
     run = run_or_refuse(engine, q, k, v, made, bias=bias)
     if run is not None:
         exact(q, k, v, pairs, d_out, bias).check(with_grads(run, q, k, v, d_out, bias))

@@ -219,7 +219,7 @@ MASKS = {
 def test_true_mass_is_the_attention_of_every_tile(mask, at_once, monkeypatch):
     from tilewise.attention import scores
 
-    monkeypatch.setattr(scores, "AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "IN_CACHE", at_once)
     q, k, _ = qkv(2, 4, 2, 50)
     layout = _layout(q, k, mask)
     visible = layout.kinds() != 0
@@ -440,7 +440,7 @@ def test_true_mass_of_clusters_is_summed_over_their_tokens(at_once, monkeypatch)
     """Tiles of uneven size, however many queries are weighed at a time."""
     from tilewise.attention import scores
 
-    monkeypatch.setattr(scores, "AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "IN_CACHE", at_once)
     q, k, _ = qkv(1, 4, 2, 50)
     view = Causal().bind(50, 50)
     at = Clusters(queries=4, keys=6).arrange(q, k, view, 1.0, (1, 1))

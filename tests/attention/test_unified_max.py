@@ -15,7 +15,7 @@ SEEN = torch.ones(1, 900, dtype=torch.bool)
 
 
 def _recomputed() -> int:
-    library = native._library()
+    library = native.LIBRARY.loaded
     assert not isinstance(library, str)
     return library.tilewise_recomputed_pieces()
 

@@ -11,23 +11,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tests.attention.video_like import places, video_qkv
-from tests.conformance.common import ENGINES, naive, over_budget, qkv, repeat, run_or_refuse
-from tests.conformance.weighted import check_full
+from tests.conformance.common import naive, qkv, repeat
+from tests.conformance.weighted import MASKS, check_full
 from tilewise.attention import Clusters, Mass, Share, Tiles, TopK, attend, plan
 from tilewise.attention.recipes.vmoba import EachQuery, OwnTile, Similarity, VMoBA
 from tilewise.data.shapes import moving_shapes
 from tilewise.models.video import capture_video, load_video
-from tilewise.tiles import Causal, Documents, Padding
 
 GRID, N = (3, 5, 6), 90
 SMALL = VMoBA(grid=GRID, layer=0, time=1, space=(2, 3), cube=(2, 2, 3))
 VIDEO = (8, 16, 16)
-MASKS = {
-    "none": None,
-    "causal": "causal",
-    "documents": Causal() & Documents(torch.tensor([0, 30, 30, N])),
-    "padding": Padding(torch.arange(N).lt(torch.tensor([[70], [61]]))),
-}
 
 
 def _boxes(method: VMoBA) -> Tensor:
@@ -283,8 +276,8 @@ def test_the_threshold_gives_more_to_heads_that_spread():
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_forward_and_backward_equal_the_formula(mask):
     """Output and gradients are those of a softmax over the tokens read. Control: another layer's are not."""
-    method = replace(SMALL, layer=2)
-    q, k, v = (x.requires_grad_() for x in qkv(2, 4, 2, N))
+    method = replace(SMALL, grid=(2, 5, 13), layer=2)
+    q, k, v = (x.requires_grad_() for x in qkv(2, 4, 2, 130))
     made, other = (plan(x, q, k, mask=mask) for x in (method, replace(method, layer=0)))
     seen = repeat(made.view.tokens(), 4)
     answers = [naive(q, k, v, _read(x, q) & seen) for x in (made, other)]
@@ -298,31 +291,11 @@ def test_forward_and_backward_equal_the_formula(mask):
         assert float((a - c).detach().norm() / a.detach().norm()) > 1e-3
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine(engine):
-    q, k, v = qkv(1, 4, 2, N)
-    made = plan(SMALL, q, k)
-    run = run_or_refuse(engine, q, k, v, made)
-    if run is not None:
-        want = naive(q, k, v, _read(made, q))
-        torch.testing.assert_close(run(q, k, v, None).double(), want, rtol=1e-4, atol=1e-5)
-
-
 def test_set_to_take_every_block_it_is_dense():
     grid = (2, 5, 13)  # 130 tokens, as in the shared check
     for layer in range(3):
         check_full(VMoBA(grid, layer, space=(2, 4), cube=(1, 3, 4), select=Mass(1.0, over="head")))
         check_full(VMoBA(grid, layer, space=(2, 4), cube=(1, 3, 4), select=TopK(10**6, over="head")))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_formats(dtype):
-    q, k, v = qkv(1, 4, 2, N, d=16, dtype=dtype)
-    made = plan(SMALL, q.double(), k.double())
-    read = _read(made, q)
-    out = attend(q, k, v, made)
-    assert out.dtype == dtype
-    assert over_budget(out, naive(q, k, v, read), naive(q.double(), k.double(), v.double(), read)) is None
 
 
 def test_text_before_the_grid_is_a_block():
@@ -346,24 +319,10 @@ def test_its_stages_suit_other_orders():
         plan(Tiles(score=Similarity(), select=TopK(2), order=order, always=(OwnTile(),)), q[:, :, :3], k)
 
 
-def test_rows_that_see_nothing():
-    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 2, N))
-    out = attend(q, k, v, SMALL, mask=Padding(torch.zeros(1, N, dtype=torch.bool)))
-    assert (out == 0).all()
-    assert all((x == 0).all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
-
-
 def test_equal_queries_and_keys_choose_without_nan():
     q, k = (torch.zeros(1, 1, N, 8) for _ in range(2))
     made = plan(SMALL, q, k)
     assert 0 < made.density <= 1 and made.tile_maps[0].keep.any(-1).all()
-
-
-def test_compiles_whole():
-    torch._dynamo.reset()
-    q, k, v = qkv(1, 2, 1, N, dtype=torch.float32)
-    compiled = torch.compile(lambda q, k, v: attend(q, k, v, SMALL), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v, SMALL))
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ from rich.console import Console
 
 import tilewise
 from tests import tiny
-from tilewise import cli
-from tilewise.attention import Dense, MoBA, PBSAttention, Plan, SinkWindow, XAttention, named
+from tilewise import cli, papers
+from tilewise.attention import PISA, Dense, MoBA, PBSAttention, Plan, SinkWindow, XAttention, named
+from tilewise.attention.gates import BlockGate, Gates
 from tilewise.compare import Settings, conclude, maps, page, quality, run, run_compare, timing
-from tilewise.compare.settings import parse_method
+from tilewise.compare.catalogue import BY_NAME, everything, left_out, parse_method, unnamed
 from tilewise.errors import UserError
+from tilewise.models import gated_names, save_gates
 
 TOKENS = 640  # whole tiles, so that drawn tile maps can be counted against densities
 SPARSE = (
@@ -46,7 +48,7 @@ ROW = {
 }  # fmt: skip
 WHOLE = {
     "tilewise": str, "created": str, "command": str, "partial": bool, "machine": dict, "settings": dict,
-    "methods": list, "task_notes": dict, "lengths": list, "crossovers": list, "heatmap": list,
+    "methods": list, "left_out": dict, "task_notes": dict, "lengths": list, "crossovers": list, "heatmap": list,
     "tile_maps": dict, "ranking": list, "advice": str,
 }  # fmt: skip
 MACHINE = {
@@ -422,9 +424,10 @@ def test_no_crossing_from_one_length():
     assert conclude.crossovers([], ["m"]) == []
 
 
-def _row(name, speedup=None, change=0.0, tasks=None, low=None):
+def _row(name, speedup=None, change=0.0, tasks=None, low=None, high=None):
     return {
         "method": name, "prefill_ms": 10.0, "prefill_speedup": speedup, "prefill_speedup_low": low or speedup,
+        "prefill_speedup_high": high or speedup,
         "bits_per_byte": None if change is None else 2 + change, "bits_per_byte_change": change,
         "tasks": {task: {"accuracy": accuracy} for task, accuracy in (tasks or {}).items()},
     }  # fmt: skip
@@ -496,6 +499,41 @@ def test_ranking():
     assert conclude.ranking([]) == []
 
 
+def test_what_lies_within_the_spread_is_not_faster():
+    """A method of equal quality outdoes another only beyond both spreads; a better one need not be faster."""
+    outdone = lambda *rows: {  # noqa: E731
+        entry["method"]: entry["outdone_by"] for entry in conclude.ranking([DENSE, *rows])
+    }
+    same = {"recall": 0.97}
+    assert outdone(_row("even", 1.003, 0.0, same, 0.997, 1.02)) == {"even": [], "dense": []}
+    assert outdone(_row("sure", 1.003, 0.0, same, 1.001, 1.02)) == {"sure": [], "dense": ["sure"]}
+    assert outdone(_row("slow", 0.997, 0.0, same, 0.98, 0.999)) == {"dense": [], "slow": ["dense"]}
+    one, two = _row("a", 1.5, 0.0, same, 1.4, 1.6), _row("b", 1.55, 0.0, same, 1.5, 1.7)
+    assert outdone(one, two) == {"a": [], "b": [], "dense": ["b", "a"]}
+    better = _row("better", 1.45, -0.001, same, 1.38, 1.5)
+    assert outdone(one, better)["a"] == ["better"] and outdone(one, better)["better"] == []
+    rounded = _row("rounded", 1.5, -1e-7, same, 1.4, 1.6)
+    assert outdone(one, rounded) == {"a": [], "rounded": [], "dense": ["a", "rounded"]}
+
+
+def test_crossings_count_beyond_the_spread():
+    def lengths(*times):
+        """(tokens, dense, method), each with a spread of 5 %."""
+        spread = lambda ms: {"ms": ms, "low": 0.95 * ms, "high": 1.05 * ms}  # noqa: E731
+        return [{"tokens": n, "methods": {"dense": spread(a), "m": spread(b)}} for n, a, b in times]
+
+    (found,) = conclude.crossovers(lengths((1000, 10, 12), (2000, 20, 19.5)), ["m"])
+    assert found == {
+        "method": "m",
+        "tokens": None,
+        "note": "as fast as dense up to 2,000 tokens, within the spread",
+    }
+    (found,) = conclude.crossovers(lengths((1000, 10, 9.8), (2000, 20, 15)), ["m"])
+    assert found == {"method": "m", "tokens": 1000, "note": "measured between 1,000 and 2,000"}
+    (found,) = conclude.crossovers(lengths((1000, 10, 8), (2000, 20, 15)), ["m"])
+    assert found["note"] == "faster at every measured length, from 1,000 tokens"
+
+
 def test_ranking_without_perplexity_is_by_speed():
     found = conclude.ranking([_row("dense", 1.0, None), _row("a", 0.5, None), _row("b", 2.0, None)])
     assert [entry["method"] for entry in found] == ["b", "dense", "a"]
@@ -538,25 +576,112 @@ def test_parse_method():
     assert parse_method("pbs:queries=True:segment=512") == PBSAttention(512, queries=True)
     assert parse_method("xattention:threshold=0.5") == XAttention(threshold=0.5)
     assert all(parse_method(name) == kind() for name, kind in named().items())
+    assert parse_method("pisa:density=0.1:taylor=0") == PISA(0.1, taylor=0)
+    assert parse_method("hyper-attention").causal, "as a prompt of a language model needs it"
 
 
 def test_all_is_every_name_once_and_dense_first():
     chosen = Settings(methods=("moba:top_k=2", "all", "moba")).configured()
     assert next(iter(chosen)) == "dense"
-    assert set(chosen) == {"moba:top_k=2", "seer-attention", *named()}
-    assert set(Settings(model="other", methods=("all",)).configured()) == set(named())
-    with pytest.raises(UserError, match="seer-attention needs gates trained for this model"):
-        Settings(model="other", methods=("seer-attention",)).configured()
+    plain = {*named(), *unnamed()} - set(BY_NAME)
+    assert set(chosen) == {"moba:top_k=2", *gated_names(), *plain}
+    assert set(Settings(model="other", methods=("all",)).configured()) == plain
     gates = Settings(methods=("seer-attention",)).configured()["seer-attention"]
     assert gates.needs == "trained gates" and gates.parameters()["0"] == "SeerAttention"
     assert set(Settings().methods) < set(named())
+
+
+def test_every_paper_about_attention_can_be_compared_or_has_a_reason():
+    """The register's room of attention is parted in two; what can be compared runs on the bundled model."""
+    room = {paper.key for paper in papers.load() if paper.room == "attention"}
+    every, out = everything(bundled=True), left_out()
+    reached = {type(m) for m in every.values()}
+    comparable = {key for key in room if key in every or papers.resolve(papers.find(key)) in reached}
+    assert comparable | set(out) == room and not comparable & set(out)
+    assert set(every) - room <= {"dense", "sage2", *named()}
+    assert {"pisa", "psa", "llsa", "hyper-attention", *gated_names()} <= comparable
+    assert (out["vmoba"], out["squeezed"]) == ("needs a grid of tokens", "needs clusters of a fixed context")
+    assert all(why and not why.endswith(".") for why in out.values())
+    assert set(BY_NAME) <= set(out) and set(BY_NAME) <= set(unnamed())
+    loaded, _ = tilewise.models.load_model()
+    for method in every.values():
+        with tilewise.patch(loaded, method, check=False), torch.no_grad():
+            assert loaded(torch.arange(100).unsqueeze(0), use_cache=False).logits.isfinite().all()
+
+
+def test_rows_of_methods_without_a_name():
+    found = _compare(None, tokens=64, methods=("pisa", "dhsa", "chunk-llm"), tasks=("recall",), repeats=1)
+    pisa, dhsa, chunks = found["methods"][1:]
+    assert json.loads(json.dumps(found["methods"], allow_nan=False)) == found["methods"]
+    assert [row["paper"]["id"] for row in (pisa, dhsa, chunks)] == [145, 58, 30]
+    assert pisa["parameters"] == {
+        "density": 0.15, "taylor": 1, "tile": 64, "order": {"kind": "AsGiven"}, "aware": False,
+    }  # fmt: skip
+    assert [row["decodes_with"] for row in (pisa, dhsa, chunks)] == ["dense", "dense", "chunk-llm"]
+
+
+def test_all_leaves_out_what_this_model_cannot_run(tmp_path):
+    """Gemma caps scores: what cannot is left out and said, unless it was asked for by name."""
+    path = str(tiny.save(tmp_path / "gemma", "gemma2"))
+    found = _compare(path, tokens=128, methods=("all",), tasks=("recall",), repeats=1)
+    assert found["left_out"].keys() == {"pisa", "sage2"} and "softcap" in found["left_out"]["pisa"]
+    assert {row["method"] for row in found["methods"]} == {*named(), *unnamed()} - {"pisa", "sage2", *BY_NAME}
+    with pytest.raises(UserError, match="cannot run pisa: .*softcap"):
+        _compare(path, tokens=128, methods=("all", "pisa"))
+
+
+def _gates_file(path, **sizes):
+    settings = {"head_dim": 8, "heads": 4, "kv_heads": 2, "width": 6} | sizes
+    save_gates(Gates({layer: BlockGate(**settings, seed=layer) for layer in (0, 2)}), path)
+    return str(path)
+
+
+def test_gates_of_ones_own(model, tmp_path):
+    """By their file, or by the file and the name of what they serve; both are the same, and rank like any other."""
+    file = _gates_file(tmp_path / "mine.safetensors")
+    by_file, by_name = f"{file}:top_k=2:tile=32", f"seer-attention:gates={file}:top_k=2:tile=32"
+    rows = _compare(model, methods=(by_file, by_name), tasks=("perplexity",), repeats=1)["methods"]
+    assert [row["method"] for row in rows] == ["dense", "mine:top_k=2:tile=32", by_name]
+    assert rows[1]["kl_mean"] == rows[2]["kl_mean"] > 1e-4
+    assert [row["paper"] and row["paper"]["id"] for row in rows] == [None, None, 168]
+    assert rows[1]["needs"] == "trained gates"
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            "seer-attention",
+            "needs gates trained for this model: seer-attention:gates=FILE.safetensors",
+        ),
+        ("dhsa:gates={file}", "holds gates of seer-attention"),
+        ("seer-attention:gates=nowhere", "gates 'nowhere' do not exist"),
+        ("seer-attention:gates={file}:gates={file}", "gates must be one file, got 2"),
+        ("{file}:odd=1", "the settings of seer-attention are threshold, tile, top_k, got odd"),
+        ("{file}:top_k", "settings are given as name=value, got 'top_k'"),
+        ("{file}:top_k=0", "must be an integer >= 1, got 0"),
+        ("{other}", "cannot run other: this BlockGate is for 2 query heads"),
+        ("{late}", "layers must be indices in 0..2, got 3"),
+        ("nowhere.safetensors", "gates 'nowhere.safetensors' do not exist"),
+    ],
+)
+def test_gates_that_do_not_serve(model, tmp_path, method, said):
+    files = {"file": _gates_file(tmp_path / "g.safetensors")}
+    files["other"] = _gates_file(tmp_path / "other.safetensors", heads=2)
+    save_gates(Gates({3: BlockGate(8, 4, 2, 6)}), tmp_path / "late.safetensors")
+    with pytest.raises(UserError) as refused:
+        _compare(model, methods=(method.format(**files, late=tmp_path / "late.safetensors"),))
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("xatention", "unknown attention method 'xatention'; did you mean xattention?"),
-        ("zzz", f"known methods: {', '.join(named())}"),
+        ("zzz", "known methods: chunk-llm, dense, dhsa, flexprefill, hisa, hyper-attention, llsa, moba"),
+        ("pisaa", "did you mean pisa"),
+        ("pisa:dense=1", "its settings are aware, density, order, taylor, tile, got 'dense=1'"),
+        ("pisa:density=0", r"density must be in \(0, 1\], got 0"),
         ("moba:blocks=3", "method 'moba:blocks=3': its settings are block, top_k, got 'blocks=3'"),
         ("moba:block", "its settings are block, top_k, got 'block'"),
         ("dense:block=3", "its settings are none, got 'block=3'"),

@@ -289,7 +289,7 @@ def test_one_answer_whatever_the_threads():
 
 def test_failures_of_the_library_are_errors():
     with pytest.raises(RuntimeError, match="the native engine failed: "):
-        native.call_library("tilewise_fail", native._words(_call()))
+        native.LIBRARY.call("tilewise_fail", native._words(_call()))
 
 
 def _call():

@@ -11,6 +11,7 @@ from tests import tiny
 from tilewise.attention import (
     HISA,
     S2O,
+    ChunkLLM,
     FlexPrefill,
     MoBA,
     PBSAttention,
@@ -24,6 +25,7 @@ from tilewise.attention import (
     XAttention,
     named,
 )
+from tilewise.attention.gates import ChunkAdapters
 from tilewise.errors import UserError
 from tilewise.models.bridge import Bridge
 
@@ -190,6 +192,69 @@ def test_prefill_and_decode_methods_are_chosen_apart():
     kinds = [(type(e.method).__name__, e.q.shape[2]) for e in seen]
     assert kinds[:3] == [("XAttention", 60)] * 3
     assert kinds[3:] and set(kinds[3:]) == {("SinkWindow", 1)}
+
+
+CHUNKS = {layer: ChunkLLM(ChunkAdapters(8, 4, 2, seed=layer), top_k=1, longest=9) for layer in range(3)}
+
+
+def _one_by_one(model, tokens, prompt: int, **options):
+    """Logits of the tokens after the prompt, read one by one; each layer's methods as an observer saw them."""
+    seen, out = [], []
+    with tilewise.patch(model, CHUNKS, observer=seen.append, **options), torch.no_grad():
+        cache = model(tokens[:, :prompt], use_cache=True).past_key_values
+        for n in range(prompt, tokens.shape[1]):
+            out.append(model(tokens[:, n : n + 1], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(out, 1), seen
+
+
+def test_a_state_is_handed_on_in_every_layer():
+    """Token by token, with a state for each layer, is reading all at once. Controls: dense steps are not, and the
+    states of other layers are not."""
+    # No byte twice: in the first layer, whose keys know no neighbours, chunks of equal bytes are equally good.
+    model, tokens = (
+        tiny.make("llama"),
+        torch.randperm(256, generator=torch.Generator().manual_seed(0))[None, :120],
+    )
+    with tilewise.patch(model, CHUNKS), torch.no_grad():
+        whole = model(tokens).logits[:, 60:]
+    mine, seen = _one_by_one(model, tokens, 60, decode=CHUNKS)
+    _near(mine, whole)
+    steps = [event.plan.tile_maps[0] for event in seen if event.q.shape[2] == 1]
+    assert len(steps) == 180 and all(step.keep.sum() == 2 < step.keep.shape[3] for step in steps)
+    dense, _ = _one_by_one(model, tokens, 60)
+    turned, _ = _one_by_one(model, tokens, 60, decode={layer: CHUNKS[2 - layer] for layer in range(3)})
+    for other in (dense, turned):
+        assert (other - whole).abs().max() > 1e-3
+    some, seen = _one_by_one(model, tokens, 60, decode={1: CHUNKS[1]})
+    assert (some - dense).abs().max() > 1e-5
+    kinds = [type(event.method).__name__ for event in seen if event.q.shape[2] == 1]
+    assert kinds == ["Dense", "ChunkLLM", "Dense"] * 60
+
+
+def test_a_new_prompt_begins_a_new_state():
+    model, (first, second) = tiny.make("llama"), (_tokens(70, 1, seed) for seed in (1, 2))
+    alone, _ = _one_by_one(model, second, 40, decode=CHUNKS)
+    with tilewise.patch(model, CHUNKS, decode=CHUNKS), torch.no_grad():
+        old = model(first[:, :40], use_cache=True).past_key_values
+        cache = model(second[:, :40], use_cache=True).past_key_values
+        again = [model(second[:, n : n + 1], past_key_values=cache).logits for n in range(40, 70)]
+        with pytest.raises(
+            ValueError, match="decodes with the state of the 40 tokens before.*has that of 70"
+        ):
+            model(first[:, 40:41], past_key_values=old)
+        with pytest.raises(ValueError, match="a state is that of one sequence"):
+            model(_tokens(40))
+    assert torch.equal(torch.cat(again, 1), alone)
+
+
+def test_a_state_in_a_static_cache():
+    model, tokens = tiny.make("llama"), _tokens(50, batch=1)
+    with tilewise.patch(model, CHUNKS, decode=CHUNKS):
+        options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+        one, other = (
+            model.generate(tokens, cache_implementation=kind, **options) for kind in ("dynamic", "static")
+        )
+    assert torch.equal(one, other)
 
 
 def test_gradients_flow_through_a_patched_model():

@@ -104,16 +104,18 @@ def plan(
     *,
     mask: Mask | Tensor | str | None = None,
     scale: float | None = None,
+    v: Tensor | None = None,
 ) -> Plan:
     """What `method` decides for these queries and keys: its passes and tile maps, density, and seconds spent.
 
     The plan can be given to `attend` in place of the method, for other values or to decide once for many calls.
+    A method whose choice looks at values needs `v`, as `attend` takes it, and raises ValueError without.
     """
-    view, _, scale = bind(q, k, k, mask, None, scale, None)
+    view, _, scale = bind(q, k, k if v is None else v, mask, None, scale, None)
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
     start = time.perf_counter()
-    made = _plan(method, q, k, None, view, scale)
+    made = _plan(method, q, k, v, view, scale)
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
     return dataclasses.replace(made, seconds=time.perf_counter() - start)
@@ -121,15 +123,19 @@ def plan(
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which engine runs each pass of a call, and why each other engine does not."""
+    """Which engine runs each pass of a call, and why each other engine does not; `choices`: the same of engines
+    that choose keys for it."""
 
     method: str
     passes: tuple[tuple[str, Mapping[str, str]], ...]
+    choices: tuple[tuple[str, Mapping[str, str]], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.method}: {len(self.passes)} pass" + ("es" if len(self.passes) != 1 else "")]
-        for number, (engine, refused) in enumerate(self.passes, 1):
-            lines.append(f"  pass {number} runs on {engine}")
+        said = [(f"choice {number} of keys", *choice) for number, choice in enumerate(self.choices, 1)]
+        said += [(f"pass {number}", *one) for number, one in enumerate(self.passes, 1)]
+        for what, engine, refused in said:
+            lines.append(f"  {what} runs on {engine}")
             lines += [f"    not {name}: {reason}" for name, reason in refused.items()]
         return "\n".join(lines)
 
@@ -153,7 +159,8 @@ def explain(
     q, k = _extend(q, k, bias, scale, softcap)
     choices = made.explain(q, k, v, engine, bias=added, scale=scale, softcap=softcap, need_lse=return_lse)
     name = "a given plan" if isinstance(method, Plan) else str(as_method(method))
-    return Explanation(name, tuple((c.engine, c.refused) for c in choices))
+    passes, chosen = (tuple((c.engine, c.refused) for c in some) for some in (choices, made.choices))
+    return Explanation(name, passes, chosen)
 
 
 def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scale: float) -> Plan:
@@ -168,6 +175,8 @@ def _plan(method, q: Tensor, k: Tensor, v: Tensor | None, view: Visibility, scal
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
     chosen.check_mode(q.shape[2], k.shape[2], train)
     with torch.no_grad():
+        if v is not None:
+            chosen = chosen.with_values(v.detach())
         return chosen.plan(q.detach(), k.detach(), view, scale)
 
 

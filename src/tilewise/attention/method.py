@@ -20,9 +20,10 @@ class Method:
     Class attributes:
         name: what users call it; empty for methods that have no name of their own.
         modes: which of MODES it supports. An unsupported mode raises, it never approximates.
-        reads: what it looks at to decide, for the tables ("q, k", "nothing", ...).
+        reads: what it looks at to decide, for the tables ("q, k", "nothing", ...). For values see `with_values`.
         needs: what must be there before it can run: trained weights, a calibration; for the tables.
         exact: whether what it keeps is computed in the inputs' own precision.
+        carries: whether it decodes with a state that every call hands on to the next (see `carry`).
     """
 
     name: ClassVar[str] = ""
@@ -30,6 +31,7 @@ class Method:
     reads: ClassVar[str] = "nothing"
     needs: ClassVar[str] = "nothing"
     exact: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     _named: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -48,6 +50,26 @@ class Method:
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         """Decide what to compute for `q [B, H_q, N_q, D]`, `k [B, H_kv, N_k, D]`; needs no gradient."""
         raise TypeError(f"{type(self).__name__} does not say how it plans")
+
+    def with_values(self, v: Tensor) -> Method:
+        """What plans in a call with the values `v [B, H_kv, N_k, D_v]`: itself, unless its choice looks at them.
+
+        `attend`, `plan(..., v=v)`, `patch` and all that call them ask for it before they plan. A method, or a stage
+        of `Tiles`, whose choice depends on values overrides this to return one that holds them, for that call.
+        """
+        return self
+
+    def with_state(self, state: Any) -> Method:
+        """What plans a call of one query after the calls that `state` comes from; itself if it carries nothing."""
+        return self
+
+    def carry(self, q: Tensor, k: Tensor, view: Visibility, state: Any) -> Any:
+        """The state after a call, for the next one. `patch` keeps it, layer by layer, for methods that carry one.
+
+        Args: q, k, view: of the call, k with all keys so far. state: as the call before gave it, for one query
+        more; None where a sequence begins, with as many queries as keys.
+        """
+        return None
 
     def parameters(self) -> dict[str, Any]:
         """The settings, for reports."""

@@ -80,6 +80,7 @@ class Plan:
     Attributes:
         passes: over disjoint parts of what is visible.
         added: what is added to the merged output, outside the softmax.
+        choices: the engines that chose keys for it, where a kernel did (see `tilewise.kernels.choose_keys`).
         view: all that the mask makes visible, the denominator of density.
         seconds: time spent choosing, when it was measured (see `tilewise.attention.plan`).
     """
@@ -88,6 +89,7 @@ class Plan:
     view: Visibility
     seconds: float | None = None
     added: tuple[Added, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     @property
     def tile_maps(self) -> tuple[TileMap | None, ...]:

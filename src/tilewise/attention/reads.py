@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tilewise.attention.precisions import Applied
 from tilewise.kernels.attend_tiles import Call
+from tilewise.kernels.attend_tiles.lists import by_rows
 from tilewise.tiles import Partial, TileMap, Tiling, Visibility
-from tilewise.tiles.visibility import HIDDEN, take, to_heads
+from tilewise.tiles.visibility import take, to_heads
 
 AT_ONCE = 1 << 23  # numbers in a temporary: 32 MiB of float32
 
@@ -163,84 +164,60 @@ class Sample:
 class Lists:
     """A list of keys for every query: token-level selection.
 
-    Every query becomes a sequence of its own over a cache whose pages hold one token, so the engine that decodes
-    from paged caches runs it. Heads that share a list share its gathering. Where a gradient is needed the keys
-    are gathered instead, which holds N_q x K of them.
+    Heads that share a list share its gathering. Of a bias, too, only what the lists name is read. Where a gradient
+    is needed keys and values are gathered first, which holds N_q x K copies; in float32, in which the gradients of
+    the copies of a key are added up, and rounded once.
 
     Args:
-        index: int64 `[B, H|1, N_q, K]`, tokens that each query reads, -1 for none; no token twice in a list. H is
-            1 (all heads share a list), the kv heads or the query heads.
+        index: int32 or int64 `[B|1, H, N_q, K]`, tokens that each query reads, -1 for none; no token twice in a
+            list. H is 1 (all heads share a list), the kv heads or the query heads.
 
-    The pass's view is that of the tokens; its tiles and orders must be None. Raises ValueError for a bias.
+    The pass's view is that of the tokens; its tiles and orders must be None. Raises ValueError for a boolean grid
+    in the view, for heads that share a list but not a mask, and for lists that do not fit the call.
     """
 
     index: Tensor
     by_query: ClassVar[bool] = True
 
     def apply(self, call: Call) -> Applied:
-        if call.bias is not None:
-            raise ValueError("token-level selection takes no bias")
-        b, heads, n_q, d = call.q.shape
-        kv_heads, n_k, d_v = call.k.shape[1], call.k.shape[2], call.v.shape[3]
-        groups = self.index.shape[1]
-        index = self.index.expand(b, -1, -1, -1)
-        rows, listed = b * groups * n_q, index.shape[3]
-        share_q, share_k = heads // groups, max(1, kv_heads // groups)
-        q = call.q.unflatten(1, (groups, share_q)).transpose(2, 3).reshape(rows, share_q, 1, d)
-        # Pages of one token: all tokens of the heads that a list serves, list after list.
-        own = torch.arange(groups, device=index.device) // max(1, groups // kv_heads)
-        first = torch.arange(b, device=index.device).view(b, 1) * min(groups, kv_heads) + own
-        pages = (first.view(b, groups, 1, 1) * n_k + index.clamp(min=0)).reshape(rows, listed)
-        view = self._view(call.view, index, heads)
-        pools = [self._pool(x, share_k) for x in (call.k, call.v)]
-        made = replace(call, q=q, k=pools[0], v=pools[1], view=view, tiles=None, q_order=None, pages=pages)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
-            made = made.gathered()
-
-        def restore(partial: Partial) -> Partial:
-            out = partial.out.view(b, groups, n_q, share_q, d_v).transpose(2, 3).reshape(b, heads, n_q, d_v)
-            lse = partial.lse
-            if lse is not None:
-                lse = lse.view(b, groups, n_q, share_q).transpose(2, 3).reshape(b, heads, n_q)
-            return Partial(out, lse)
-
-        return Applied(made, restore)
-
-    @staticmethod
-    def _pool(x: Tensor, share: int) -> Tensor:
-        """`[B, H_kv, N, D]` as pages of one token, `[B * (H_kv / share) * N, share, 1, D]`."""
-        b, heads, n, d = x.shape
-        return x.unflatten(1, (heads // share, share)).transpose(2, 3).reshape(-1, share, 1, d)
-
-    @staticmethod
-    def _view(view: Visibility, index: Tensor, heads: int) -> Visibility:
-        """What every query, now a sequence of its own, sees of its list."""
-        b, groups, n_q, listed = index.shape
-        if view.dense is not None:
+        (b, heads, n_q, _), kv_heads, groups = call.q.shape, call.k.shape[1], self.index.shape[1]
+        if self.index.shape[0] not in (1, b) or self.index.shape[2] != n_q:
+            raise ValueError(
+                f"lists must be [{b}, H, {n_q}, K] for this call, got {list(self.index.shape)}: choose again"
+            )
+        if groups not in (1, kv_heads, heads):
+            raise ValueError(f"lists must be for 1, {kv_heads} or {heads} heads, got {groups}")
+        if call.view.dense is not None:
             raise ValueError("token-level selection takes masks made of positions, not a boolean grid")
+        view = call.view
+        lo, hi, pos, q_pos = (_for_lists(x, groups) for x in (view.lo, view.hi, view.pos, view.q_pos))
+        made = replace(call, view=Visibility(lo, hi, pos, q_pos), tiles=None, lists=self.index)
+        given = (call.q, call.k, call.v, call.bias)
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)):
+            return Applied(made, lambda partial: partial)
+        dtype, low = call.v.dtype, call.v.dtype in (torch.float16, torch.bfloat16)
+        if low:
+            bias = None if call.bias is None else call.bias.float()
+            made = replace(made, q=call.q.float(), k=call.k.float(), v=call.v.float(), bias=bias)
+        made, restore = by_rows(made, gathered=True)
 
-        def rows(x: Tensor) -> Tensor:  # [b|1, h|1, n_q, a] to [rows, 1, 1, a]
-            x = x if x.shape[1] in (1, groups) else _first_of_group(x, groups)
-            return x.expand(b, groups, n_q, -1).reshape(-1, 1, 1, x.shape[3])
+        def narrow(partial: Partial) -> Partial:
+            partial = restore(partial)
+            return partial._replace(out=partial.out.to(dtype)) if low else partial
 
-        axes = view.pos.shape[3]
-        pos = view.pos if view.pos.shape[1] in (1, groups) else _first_of_group(view.pos, groups)
-        pos = pos.expand(b, groups, -1, -1)
-        flat = index.clamp(min=0).flatten(2).unsqueeze(-1).expand(-1, -1, -1, axes)
-        got = pos.gather(2, flat).view(b, groups, n_q, listed, axes)
-        got = got.masked_fill((index < 0).unsqueeze(-1), HIDDEN).reshape(-1, 1, listed, axes)
-        lo, hi = (rows(x) for x in torch.broadcast_tensors(view.lo, view.hi))
-        return Visibility(lo, hi, got, rows(view.q_pos.unsqueeze(-1))[..., 0])
+        return Applied(made, narrow)
 
     def cost(self, view: Visibility) -> Tensor | None:
         return (self.index >= 0).sum((2, 3)).double()
 
     def read(self, queries: Tensor) -> Tensor | None:
-        return self.index[:, :, queries]
+        return self.index[:, :, queries].long()
 
 
-def _first_of_group(x: Tensor, groups: int) -> Tensor:
-    """Metadata per head as metadata per list: `[b, h, ...]` to `[b, groups, ...]`, repeated or shared."""
+def _for_lists(x: Tensor, groups: int) -> Tensor:
+    """Metadata per head as metadata per list: `[b, h, ...]` to `[b, groups|1, ...]`, repeated or shared."""
+    if x.shape[1] in (1, groups):
+        return x
     if x.shape[1] < groups:
         return to_heads(x, groups)
     if not torch.compiler.is_compiling() and bool((x != x[:, :1]).any()):

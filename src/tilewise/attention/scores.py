@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tilewise.attention.stages import Layout
-from tilewise.tiles import NONE, Tiling
+from tilewise.tiles import FULL, NONE, Tiling
 from tilewise.tiles.visibility import to_heads
 
 AT_ONCE = 1 << 23  # numbers in a temporary: 32 MiB of float32
@@ -153,22 +155,63 @@ class Antidiagonal:
         return torch.cat(out, 2)
 
 
+IN_CACHE = 1 << 20  # weights at a time: 4 MiB of float32, which the passes over them find in cache
+
+
+def true_weights(layout: Layout, height: int = 1) -> Iterator[Tensor]:
+    """Attention weights of some queries after another, in multiples of `height`: float32 `[B, H_q, rows, W]`.
+
+    W is the keys up to the end of the last tile that one of these queries sees; what is beyond has no weight.
+    Products with keys that nobody sees are not made, and keys that all see need no mask.
+    """
+    (b, heads, n_q, _), n_k = layout.q.shape, layout.k.shape[2]
+    step = max(1, IN_CACHE // max(1, b * heads * n_k * height)) * height
+    reach = _reach(layout, step)
+    for number, start in enumerate(range(0, n_q, step)):
+        whole, width = reach[number]
+        rows = torch.arange(start, min(start + step, n_q), device=layout.q.device).view(1, 1, -1)
+        columns = torch.arange(whole, width, device=layout.q.device).view(1, 1, -1)
+        logits = grouped(layout.q[:, :, start : start + step] * layout.scale, layout.k[:, :, :width]).float()
+        if whole < width:
+            seen = to_heads(layout.view.permute(rows, columns).tokens(), heads)
+            logits[..., whole:].masked_fill_(~seen, -torch.inf)
+        weights = logits.softmax(-1)
+        yield weights if whole else weights.nan_to_num_(0)  # rows that see nothing
+
+
+def _reach(layout: Layout, step: int) -> list[tuple[int, int]]:
+    """For every `step` queries, how many keys at the start all of them see and how many there are to the last."""
+    n_q, n_k, size = layout.q.shape[2], layout.k.shape[2], layout.k_tiling.size
+    pieces = Tiling(step)
+    if layout.k_tiling.bounds is not None or torch.compiler.is_compiling():
+        return [(0, n_k)] * pieces.count(n_q)
+    kinds = layout.view.tiles(pieces, layout.k_tiling)
+    whole = (kinds == FULL).all(0).all(0).long().cumprod(-1).sum(-1).tolist()
+    tiles = torch.arange(1, kinds.shape[-1] + 1, device=kinds.device)
+    last = (tiles * (kinds != NONE).any(0).any(0)).amax(-1).tolist() if n_k else whole
+    return [(min(n_k, size * a), min(n_k, size * max(a, z))) for a, z in zip(whole, last, strict=True)]
+
+
+def by_tile(tiling: Tiling, x: Tensor, n: int, sums: bool) -> Tensor:
+    """Sums, or the largest, of `x [..., W]` over each tile of `n` columns, those from W on being 0: `[..., T]`."""
+    if tiling.bounds is not None:
+        parts = tiling.split(x.transpose(2, 3), 0)
+        return (parts.sum(3) if sums else parts.amax(3)).transpose(2, 3)
+    tiles = -(-x.shape[-1] // tiling.size)
+    parts = pad(x, (0, tiles * tiling.size - x.shape[-1])).unflatten(-1, (tiles, tiling.size))
+    return pad(parts.sum(-1) if sums else parts.amax(-1), (0, tiling.count(n) - tiles))
+
+
 @dataclass(frozen=True)
 class TrueMass:
-    """The oracle: a tile's true share of attention, summed over its queries. Costs as much as dense attention."""
+    """The oracle: a tile's true share of attention, summed over its queries. Costs more than dense attention."""
 
     looks = "tile"
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         b, heads, n_q, _ = layout.q.shape
-        step = max(1, AT_ONCE // max(1, b * heads * layout.k.shape[2]))
-        out = []
-        for start in range(0, n_q, step):
-            some = torch.arange(start, min(start + step, n_q), device=layout.q.device).view(1, 1, -1)
-            seen = to_heads(layout.view.permute(some, None).tokens(), heads)
-            logits = grouped(layout.q[:, :, start : start + step] * layout.scale, layout.k).float()
-            weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num_(0)
-            out.append(layout.k_tiling.split(weights.transpose(2, 3), 0).sum(3).transpose(2, 3))
-        columns = layout.k_tiling.count(layout.k.shape[2])
+        n_k = layout.k.shape[2]
+        out = [by_tile(layout.k_tiling, weights, n_k, sums=True) for weights in true_weights(layout)]
+        columns = layout.k_tiling.count(n_k)
         by_query = torch.cat(out, 2) if out else layout.q.new_zeros(b, heads, 0, columns, dtype=torch.float32)
         return layout.q_tiling.split(by_query, 0).sum(3)

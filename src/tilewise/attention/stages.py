@@ -7,8 +7,8 @@ rest     what the other tiles contribute    precision  in what numbers tiles are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -97,6 +97,13 @@ class Always(Protocol):
 
     def tiles(self, layout: Layout, visible: Tensor) -> Tensor:
         """Bool `[B|1, H_q|1, T_q, T_k]`."""
+
+
+class SeesValues(Protocol):
+    """What a score has besides if it looks at values."""
+
+    def with_values(self, v: Tensor) -> Score:
+        """The same score, for a call with the values `v [B, H_kv, N_k, D_v]`, in the tokens' own order."""
 
 
 class Select(Protocol):
@@ -193,6 +200,11 @@ class Tiles(Method):
         own = any(getattr(stage, "holds_own", False) for stage in self.always)
         return own and (not self.compare_forced or getattr(self.select, "by_rank", False))
 
+    def with_values(self, v: Tensor) -> Tiles:
+        if not hasattr(self.score, "with_values"):
+            return self
+        return replace(self, score=cast(SeesValues, self.score).with_values(v))
+
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         at = self.order.arrange(q, k, view, scale, self.tile)
         layout = Layout.arranged(at, q, k, view, scale)
@@ -221,6 +233,11 @@ class Recipe(Method):
     @property
     def lookahead(self) -> str:
         return self.tiles().lookahead
+
+    def with_values(self, v: Tensor) -> Method:
+        tiles = self.tiles()
+        given = tiles.with_values(v)
+        return self if given is tiles else given
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         return self.tiles().plan(q, k, view, scale)

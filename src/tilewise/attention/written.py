@@ -23,6 +23,19 @@ def as_data(method: Method) -> dict[str, Any]:
     return _written(method, "method")
 
 
+def settings(method: Method) -> dict[str, Any]:
+    """A method's settings as plain data, for reports; what cannot be written as such by the name of its class."""
+    found = {}
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        if field.repr:
+            value = getattr(method, field.name)
+            try:
+                found[field.name] = _written(value, field.name)
+            except TypeError:
+                found[field.name] = type(value).__name__
+    return found
+
+
 def _written(value: Any, place: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise TypeError(f"{place} is {value}, which data in files cannot hold")
@@ -52,7 +65,8 @@ def check_plans(method: Method) -> None:
     """Raise ValueError when the method cannot plan a short causal call: some settings are only used, and so only
     checked, when there is something to plan."""
     try:
-        plan(method, *torch.zeros(2, 1, 1, 2, 8), mask="causal")
+        q, k, v = torch.zeros(3, 1, 1, 2, 8)
+        plan(method, q, k, mask="causal", v=v)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{type(method).__name__} cannot plan: {error}") from error
 

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tilewise import papers
 from tilewise.attention import Method
+from tilewise.attention.written import settings
 from tilewise.compare import conclude, maps, material, page, quality, table, timing
-from tilewise.compare.settings import Choice, Settings
+from tilewise.compare.catalogue import Choice, label
+from tilewise.compare.settings import Settings
 from tilewise.errors import UserError
 from tilewise.files import write_text
-from tilewise.models import Event, patch
+from tilewise.models import Event, ModelRecipe, gated_names, patch
 from tilewise.version import __version__
 
 SHORTER = (8, 4, 2)  # further lengths for the crossover: this fraction of the tokens
@@ -93,6 +96,7 @@ class Run:
     scores: dict[str, quality.Score] = field(default_factory=dict)
     collected: dict[str, maps.Collector] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def measure(self) -> None:
         """Every phase, the most telling first."""
@@ -114,11 +118,15 @@ class Run:
         if name == "dense" and not options:
             return nullcontext()
         method = self.methods[name]
-        decode = method if isinstance(method, Method) and "decode" in method.modes else "dense"
+        decode = method if "decode" in method.modes else "dense"
         return patch(self.on.model, method, decode=decode, check=check, **options)
 
     def _blank(self, name: str, method: Choice) -> dict[str, Any]:
-        paper = next((p for p in papers.load() if p.key == method.name), None)
+        key = name.partition(":")[0]
+        known = (
+            not isinstance(method, ModelRecipe) or key in gated_names()
+        )  # a recipe's name is that of its file
+        paper = next((p for p in papers.load() if known and p.key == key), None)
         numbers = (
             "engine", "density", "prefill_ms", "prefill_ms_low", "prefill_ms_high", "prefill_speedup",
             "prefill_speedup_low", "prefill_speedup_high", "first_call_ms", "choose_ms", "attention_ms",
@@ -127,7 +135,7 @@ class Run:
         )  # fmt: skip
         return {
             "method": name,
-            "parameters": method.parameters(),
+            "parameters": settings(method) if isinstance(method, Method) else method.parameters(),
             "paper": None if paper is None else {"id": paper.id, "title": paper.title},
             "modes": list(method.modes),
             "reads": method.reads,
@@ -138,16 +146,23 @@ class Run:
             "reasons": {},
         }
 
+    @torch.inference_mode()
     def _usable(self) -> None:
-        """Patch once with every method, leak check included, so that what cannot work is said at the start."""
-        for name, method in self.methods.items():
+        """Patch once with every method, leak check included, and read a little, so that what cannot work is said at
+        the start. What nobody asked for by name is left out instead, with the reason.
+        """
+        asked = {label(text) for text in self.settings.methods}
+        for name, method in list(self.methods.items()):
             try:
                 with patch(self.on.model, method, check=name != "dense"):
-                    pass
+                    self.on.model(input_ids=self.on.tokens[:, :256], use_cache=False, logits_to_keep=1)
             except UserError:
                 raise
             except ValueError as error:  # what the bridge refuses when the model first calls it
-                raise UserError(f"{type(self.on.model).__name__} cannot run {name}: {error}") from error
+                if name in asked:
+                    raise UserError(f"{type(self.on.model).__name__} cannot run {name}: {error}") from error
+                self.left_out[name] = str(error)
+                del self.methods[name], self.rows[name]
 
     def _fidelity(self, progress: Progress) -> None:
         """Quality on the text, from a pass that also serves as the warm-up."""
@@ -286,6 +301,7 @@ class Run:
             "machine": material.machine(self.on.device),
             "settings": material.described(self.settings, self.on),
             "methods": rows,
+            "left_out": self.left_out,
             "task_notes": self.notes,
             "lengths": self.lengths,
             "crossovers": conclude.crossovers(

@@ -59,6 +59,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         if crossing["tokens"] is not None:
             when = f"pays from about {crossing['tokens']:,} tokens, {when}"
         console.print(f"{crossing['method']}: {when}", markup=False, highlight=False)
+    for name, why in result["left_out"].items():
+        console.print(f"{name} was left out: {why}", markup=False, highlight=False)
     for task, note in result["task_notes"].items():
         console.print(f"{task}: {note}", markup=False, highlight=False)
     console.print(result["advice"], markup=False, highlight=False, style="bold")

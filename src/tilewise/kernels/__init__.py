@@ -6,8 +6,10 @@ of preference that accepts the call. Engines import neither one another nor the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -66,3 +68,12 @@ def engines() -> list[str]:
     from tilewise.kernels.attend_tiles import ENGINES
 
     return list(ENGINES)
+
+
+NATIVE = ("attend_tiles", "choose_keys", "scan", "selective_scan")  # kernels with a native engine
+
+
+def natives() -> dict[str, Sequence[Path]]:
+    """The sources of every native engine, by the name of its library."""
+    libraries = [import_module(f"tilewise.kernels.{name}.native").LIBRARY for name in NATIVE]
+    return {library.name: library.sources for library in libraries}

@@ -19,10 +19,15 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 namespace tilewise {
 
@@ -232,6 +237,22 @@ inline Floats exp2_of(Floats x) {
   return same_bits<Floats>(x < -126.f ? Words{} : bits);
 }
 
+// While it lives, this thread takes numbers that float32 holds only with fewer bits for 0: decays that fade out make
+// many of them, and processors that work on them slowly are common.
+class FlushSubnormals {
+ public:
+#if defined(__SSE__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushSubnormals() {}
+  ~FlushSubnormals() {}
+#endif
+};
+
 // ----------------------------------------------------------------------------------------- matrix products
 // c [m, n] (+)= a [m, k] b [k, n], row by row; b in bfloat16 is packed in pairs of rows, [k / 2, n, 2].
 template <typename T>
@@ -274,6 +295,18 @@ inline bool has_bfloat16_products() {
     }
   }();
   return has;
+}
+
+// Calls work.operator()<S, T>() for a stored format S and the format T of the products.
+template <typename Work>
+void by_format(int64_t kind, const Work& work) {
+  switch (kind) {
+    case FLOAT32: return work.template operator()<float, float>();
+    case FLOAT16: return work.template operator()<Half, float>();
+    default:
+      if (has_bfloat16_products()) return work.template operator()<BFloat16, BFloat16>();
+      return work.template operator()<BFloat16, float>();
+  }
 }
 
 // Whether this machine multiplies packed integers of 8 bits, the left ones without sign (AMX and AVX512-VNNI do).
@@ -333,6 +366,12 @@ inline void transpose(const Word* from, int64_t ld, int64_t rows, int64_t width,
 
 inline int64_t even(int64_t n) { return n + (n & 1); }
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Numbers of a row of a product's operand.
+template <typename T>
+int64_t product_depth(int64_t depth) {
+  return sizeof(T) < 4 ? round_up(depth, 4 / sizeof(T)) : depth;
+}
 
 // The right operand of a product from its transpose: rows [width, depth] become b [depth, width].
 // `rows` of them are real; rows are whole words of 32 bits, and what lies past the depth must be 0.
@@ -466,18 +505,21 @@ void for_each_job(int64_t jobs, int64_t threads, bool tiles_unit, const Work& wo
   if (failure) std::rethrow_exception(failure);
 }
 
-// Runs an entry point for Python: 0, or 1 with what went wrong in `message`.
+// Runs an entry point for Python: 0, or what went wrong in `message` and 1, or 2 where it was an argument.
 template <typename Work>
 int guarded(char* message, int64_t room, const Work& work) {
+  message[room - 1] = 0;
   try {
     work();
     return 0;
+  } catch (const std::invalid_argument& failure) {
+    std::strncpy(message, failure.what(), room - 1);
+    return 2;
   } catch (const std::exception& failure) {
     std::strncpy(message, failure.what(), room - 1);
   } catch (...) {
     std::strncpy(message, "unknown failure", room - 1);
   }
-  message[room - 1] = 0;
   return 1;
 }
 

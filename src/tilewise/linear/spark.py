@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise.attention import statistical
-from tilewise.attention.token_choice import compact
+from tilewise.kernels.choose_keys.compact import compact
 
 
 class SparkFFN(nn.Module):
@@ -52,7 +52,7 @@ class SparkFFN(nn.Module):
         if not sparse:
             return self.out(opened * self.gate(rest))
         most = min(2 * self.choose.k, opened.shape[-1])
-        index = compact(opened != 0, most)  # [..., most]
+        index = compact(opened != 0, most).long()  # [..., most]
         none, at = index < 0, index.clamp(min=0)
         gate = (self.gate.weight[at] @ rest.unsqueeze(-1)).squeeze(-1)
         hidden = (opened.gather(-1, at) * gate).masked_fill(none, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from tilewise.attention import Dense, Method, Plan, attend
 from tilewise.attention import plan as make_plan
 from tilewise.machine import clock
 from tilewise.models.masking import BoxMask
-from tilewise.tiles import Causal, Everything, Mask, Partial, TokenMask
+from tilewise.tiles import Causal, Everything, Mask, Partial, TokenMask, as_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,25 +44,32 @@ class Bridge:
 
     Attributes:
         prefill: method per layer for calls of several queries; layers not named are dense.
-        decode: method for calls of one query in the layers named by `prefill`.
+        decode: method for calls of one query in the layers named by `prefill`, or one for each layer.
         engine: as in `attend`.
         observer: called with an Event after every call; timing is taken only when there is one.
         plans: when a dictionary, plans are taken from it by layer, or put into it, without their precision, when
             missing: what is rounded may depend on later tokens.
+        states: what decoding methods carry from call to call, by layer; a prompt begins anew.
     """
 
     prefill: Mapping[int, Method] | Method
-    decode: Method = field(default_factory=Dense)
+    decode: Mapping[int, Method] | Method = field(default_factory=Dense)
     engine: str = "auto"
     observer: Callable[[Event], None] | None = None
     plans: dict[int, Plan] | None = None
+    states: dict[int, Any] = field(default_factory=dict)
 
     def method(self, layer: int, n_q: int) -> Method:
         """The method of a layer for a call of `n_q` queries."""
-        prefill = self.prefill if isinstance(self.prefill, Method) else self.prefill.get(layer)
-        if prefill is None:
-            return Dense()
-        return self.decode if n_q == 1 else prefill
+        if n_q == 1:
+            return self.decoder(layer)
+        return self.prefill if isinstance(self.prefill, Method) else self.prefill.get(layer, Dense())
+
+    def decoder(self, layer: int) -> Method:
+        """The method of a layer for single queries."""
+        if isinstance(self.decode, Method):
+            return self.decode if isinstance(self.prefill, Method) or layer in self.prefill else Dense()
+        return self.decode.get(layer, Dense())
 
     def __call__(
         self,
@@ -81,14 +89,17 @@ class Bridge:
         for name in ("s_aux", "position_bias"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{type(module).__name__} passes {name}, which tilewise does not support")
-        mask, bias, used = _mask(module, attention_mask, query, key)
-        key, value = key[:, :, :used], value[:, :, :used]
         layer = getattr(module, "layer_idx", None) or 0
+        trim = query.shape[2] > 1 or self.decoder(layer).carries
+        mask, bias, used = _mask(module, attention_mask, query, key, trim)
+        key, value = key[:, :, :used], value[:, :, :used]
         method = self.method(layer, query.shape[2])
+        if query.shape[2] == 1 < key.shape[2]:
+            method = method.with_state(self.states.get(layer))
         given = self.plans.get(layer) if self.plans is not None else None
         if given is None and (self.observer or self.plans is not None):
             _check_mode(method, query, key)
-            given = make_plan(method, query, key, mask=mask, scale=scaling)
+            given = make_plan(method, query, key, mask=mask, scale=scaling, v=value)
             if self.plans is not None:
                 given = self.plans[layer] = given.unrounded()
         start = clock(query.device) if self.observer else 0.0
@@ -105,12 +116,22 @@ class Bridge:
         )
         if isinstance(out, Partial):
             out = out.out
+        seconds = clock(query.device) - start if self.observer else 0.0
+        self._carry(layer, query, key, mask)
         if self.observer and given is not None:
-            seconds = clock(query.device) - start
             terms = {"bias": bias, "scale": scaling or 1.0, "softcap": softcap}
             ran = tuple(choice.engine for choice in given.explain(query, key, value, self.engine, **terms))
             self.observer(Event(layer, method, given, ran, seconds, query, key, value, mask, scaling))
         return out.transpose(1, 2).contiguous(), None
+
+    def _carry(self, layer: int, query: Tensor, key: Tensor, mask: Mask | Tensor | None) -> None:
+        """Keep what the layer's decoding method hands on from this call to the next."""
+        decoder = self.decoder(layer)
+        if decoder.carries:
+            n_q, n_k = query.shape[2], key.shape[2]
+            view = as_mask(mask).bind(n_q, n_k, device=query.device)
+            before = None if n_q == n_k else self.states.get(layer)
+            self.states[layer] = decoder.carry(query.detach(), key.detach(), view, before)
 
 
 def _check_mode(method: Method, query: Tensor, key: Tensor) -> None:
@@ -118,15 +139,15 @@ def _check_mode(method: Method, query: Tensor, key: Tensor) -> None:
 
 
 def _mask(
-    module: nn.Module, attention_mask: Tensor | None, query: Tensor, key: Tensor
+    module: nn.Module, attention_mask: Tensor | None, query: Tensor, key: Tensor, trim: bool
 ) -> tuple[Mask, Tensor | None, int]:
-    """The layer's mask, its additive mask as a bias, and how many of the key slots are in use."""
+    """The layer's mask, its additive mask as a bias, and how many of the key slots are in use, if they are told."""
     n_q, n_k = query.shape[2], key.shape[2]
     if attention_mask is None:
         return (Causal() if getattr(module, "is_causal", True) else Everything()), None, n_k
     if attention_mask.dtype == torch.int64:
         used = n_k
-        if n_q > 1:
+        if trim:
             # A static cache hands over all of its slots; those past the last query hold nothing yet.
             last = attention_mask[:, :, :n_q, 1].max()
             within = (attention_mask[:, 0, n_q:, 0] <= last).any(0).nonzero()

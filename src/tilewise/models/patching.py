@@ -26,7 +26,7 @@ def patch(
     model: PreTrainedModel,
     attention: Method | str | os.PathLike[str] | ModelRecipe | Mapping[int, Method | str],
     *,
-    decode: Method | str = "dense",
+    decode: Method | str | ModelRecipe | Mapping[int, Method | str] = "dense",
     layers: Iterable[int] | None = None,
     engine: str = "auto",
     check: bool = True,
@@ -41,7 +41,9 @@ def patch(
         model: any model whose attention goes through the attention interface.
         attention: a method for prompts (calls of several queries), or a mapping from layer index to method,
             or a recipe for the whole model, itself or the file it is in (a path, or a text that ends in .json).
-        decode: the method for calls of one query, in the layers that are changed.
+        decode: the method for calls of one query, in the layers that are changed, or a mapping from layer index to
+            method, or a recipe, other layers being dense. A method that carries a state (`Method.carry`) has one in
+            each layer, from the prompt that was read last in this block.
         layers: indices of the layers to change, all when None; the others stay dense.
         engine: as in `attend`.
         check: run the leak check: changing later tokens must leave earlier logits as they are. Two short
@@ -68,7 +70,7 @@ def patch(
     )
     if any(str(config._attn_implementation).startswith("tilewise:patch") for config in configs):
         raise UserError(f"this {type(model).__name__} is already patched; leave that block first")
-    bridge = Bridge(_per_layer(model, attention, layers), _decoder(decode), engine)
+    bridge = Bridge(_per_layer(model, attention, layers), _decoders(model, decode), engine)
     name = f"tilewise:patch-{next(_numbers)}"
     before = [(config, config._attn_implementation_internal) for config in configs]
     with registered(name, bridge):
@@ -106,6 +108,7 @@ def check_leak(model: PreTrainedModel, bridge: Bridge, seed: int = 0) -> None:
         first, second = (_logits(model, row.unsqueeze(0))[:, :keep] for row in tokens)
     finally:
         bridge.plans, bridge.observer = None, observer
+        bridge.states.clear()
         for module, training in modes.items():
             module.training = training
     if not torch.equal(first, second):
@@ -126,7 +129,7 @@ def _per_layer(model: PreTrainedModel, attention, layers: Iterable[int] | None) 
     if is_recipe(attention):
         attention = read_recipe(attention)
     if isinstance(attention, ModelRecipe):
-        if attention.layers != count:
+        if attention.layers not in (None, count):
             raise UserError(f"the recipe is for a model of {attention.layers} layers, this one has {count}")
         attention = attention.methods
     if not isinstance(attention, Mapping):
@@ -144,6 +147,12 @@ def _method(method: Method | str) -> Method:
         return as_method(method)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _decoders(model: PreTrainedModel, decode: Any) -> dict[int, Method] | Method:
+    if not isinstance(decode, (Mapping, ModelRecipe)):
+        return _decoder(decode)
+    return {layer: _decoder(method) for layer, method in _per_layer(model, decode, None).items()}
 
 
 def _decoder(method: Method | str) -> Method:

@@ -25,18 +25,23 @@ class ModelRecipe:
     """A method for each layer of a model; layers that are not named stay dense.
 
     Args:
-        layers: how many layers the model has. methods: by layer index.
+        layers: how many layers the model has; None for any model with the layers that are named.
+        methods: by layer index.
         about: what the recipe was made with and what it was found to do, as plain data; kept in the file.
+        decodes: whether it is meant for calls of one query as well; `tilewise compare` then decodes with it.
 
     Raises ValueError for a count below 1 and for layers outside the model.
     """
 
-    layers: int
+    layers: int | None
     methods: Mapping[int, Method]
     about: Mapping[str, Any] = field(default_factory=dict)
+    decodes: bool = False
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        if self.layers is None:
+            return
         if not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 1:
             raise ValueError(f"layers must be an integer >= 1, got {self.layers!r}")
         outside = [layer for layer in self.methods if not 0 <= layer < self.layers]
@@ -45,10 +50,9 @@ class ModelRecipe:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """What every layer's method can do, but decoding, which stays dense."""
-        return tuple(
-            mode for mode in MODES if mode != "decode" and all(mode in m.modes for m in self.methods.values())
-        )
+        """What every layer's method can do; decoding stays dense unless the recipe is meant for it."""
+        wanted = [mode for mode in MODES if mode != "decode" or self.decodes]
+        return tuple(mode for mode in wanted if all(mode in m.modes for m in self.methods.values()))
 
     @property
     def reads(self) -> str:
@@ -70,13 +74,17 @@ class ModelRecipe:
         return {str(layer): _shown(method) for layer, method in sorted(self.methods.items())}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, whole or not at all. Raises TypeError for methods that hold trained weights."""
+        """Write the file, whole or not at all. Raises TypeError for methods that hold trained weights, ValueError
+        without a number of layers."""
+        if self.layers is None:
+            raise ValueError("layers must be the number of the model's layers to write a recipe")
         data = {
             "tilewise": __version__,
             "format": FORMAT,
             "layers": self.layers,
             "methods": {str(layer): as_data(method) for layer, method in sorted(self.methods.items())},
             "about": dict(self.about),
+            **({"decodes": True} if self.decodes else {}),
         }
         write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", path)
 
@@ -104,7 +112,8 @@ def read_recipe(path: str | os.PathLike[str]) -> ModelRecipe:
         for method in methods.values():
             check_plans(method)
         recipe = ModelRecipe(data["layers"], methods)
-        return dataclasses.replace(recipe, about=dict(data.get("about", {})))
+        about, decodes = dict(data.get("about", {})), bool(data.get("decodes", False))
+        return dataclasses.replace(recipe, about=about, decodes=decodes)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"recipe {str(path)!r} is damaged: {error}") from error
 

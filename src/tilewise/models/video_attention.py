@@ -89,7 +89,7 @@ class Attention:
             method = None if isinstance(chosen, Plan) else as_method(chosen)
             plan = chosen if isinstance(chosen, Plan) else None
             if self.observer is not None and plan is None:
-                plan = make_plan(method, q, k)
+                plan = make_plan(method, q, k, v=v)
             out = attend(q, k, v, plan or method, engine=self.engine)
         if self.observer is not None:
             self.observer(VideoEvent(self.moment, q, k, v, out, method, plan))

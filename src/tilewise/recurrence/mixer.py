@@ -38,6 +38,11 @@ class MixerState(Carried):
     tails: tuple[Tensor, ...] = ()
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least float32: what gates are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def to_heads(x: Tensor, heads: int) -> Tensor:
     """`[B, N, H * D]` as `[B, H, N, D]`, a view."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -67,6 +72,6 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads, 1, dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        made = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        high = wide(x)
+        made = (high * torch.rsqrt(high.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return made if self.weight is None else made * self.weight

@@ -36,6 +36,7 @@ class ModelConfig:
         options: settings of each named mixer, such as {"gla": {"heads": 4}}.
         hidden: of the channel mixer (SwiGLU); None is 8/3 of the width, 0 leaves channel mixers out.
         tied: whether the output layer shares the embedding's weights.
+        logit_cap: keeps logits smoothly within this size, `cap * tanh(logits / cap)`; None leaves them.
 
     Raises ValueError for unknown mixers and sizes below 1.
     """
@@ -46,6 +47,7 @@ class ModelConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     hidden: int | None = None
     tied: bool = True
+    logit_cap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "width"):
@@ -55,6 +57,8 @@ class ModelConfig:
         unknown = [name for name in (*self.layers, *self.options) if name not in MIXERS]
         if unknown or not self.layers:
             raise ValueError(f"layers must be of {', '.join(sorted(MIXERS))}, got {unknown or 'none'}")
+        if self.logit_cap is not None and not self.logit_cap > 0:
+            raise ValueError(f"logit_cap must be None or above 0, got {self.logit_cap!r}")
 
 
 class SwiGLU(nn.Module):
@@ -124,7 +128,8 @@ class SequenceModel(nn.Module):
         for block, state in zip(self.blocks, states):
             x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens)
             after.append(state)
-        return self.head(self.norm(x)), after
+        logits, cap = self.head(self.norm(x)), self.config.logit_cap
+        return (logits if cap is None else cap * torch.tanh(logits / cap)), after
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -80,3 +82,15 @@ class ShortConv(nn.Module):
         )
         out = self._run(extended).index_select(1, places - lead)
         return out, extended[0, heads + (offsets[1:] - offsets[:-1]).unsqueeze(1)]
+
+
+def convolved(
+    convs: Iterable[nn.Module], parts: Sequence[Tensor], tails: Sequence[Tensor] | None, **packing
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Each part through its own `ShortConv`, and their tails; the parts as they are where there are none."""
+    convs = list(convs)
+    if not convs:
+        return list(parts), ()
+    before = [None] * len(convs) if tails is None else tails
+    made = [conv(part, tail, **packing) for conv, part, tail in zip(convs, parts, before)]
+    return [part for part, _ in made], tuple(tail for _, tail in made)

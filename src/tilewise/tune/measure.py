@@ -64,7 +64,7 @@ def measure(method: Method | Plan, sample: Sample, repeats: int = 1) -> Found:
         if isinstance(method, Plan):
             made = method
         else:
-            made = plan(method, sample.q, sample.k, mask=sample.mask, scale=sample.scale)
+            made = plan(method, sample.q, sample.k, mask=sample.mask, scale=sample.scale, v=sample.v)
         start = clock(sample.q.device)
         out: Any = attend(sample.q, sample.k, sample.v, made, mask=sample.mask, scale=sample.scale)
         spent.append(clock(sample.q.device) - start)

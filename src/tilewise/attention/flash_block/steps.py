@@ -113,7 +113,7 @@ class FlashBlock:
 
         reused, passes, chosen = now.partial, [], now.chosen
         if bool(due.any()):
-            left, chosen = self._left(q, k_out, view_out, scale, due, now)
+            left, chosen = self._left(q, k_out, v_out, view_out, scale, due, now)
             passes.append(Pass(view_out, left))
             new = Plan((passes[0],), view_out).run(q, k_out, v_out, scale=scale, engine=engine)
             reused = pick(due, new, now.partial)
@@ -147,7 +147,7 @@ class FlashBlock:
         now = replace(state, step=state.step + 1, decoded=state.decoded + decoded)
         return now, self.refresh.due(now).expand(shape[:2])
 
-    def _left(self, q, k, view, scale, due, now) -> tuple[TileMap, TileMap | None]:
+    def _left(self, q, k, v, view, scale, due, now) -> tuple[TileMap, TileMap | None]:
         """The tiles to keep for reuse where `due`, and the tiles that every step computes."""
         again = due.unsqueeze(2).unsqueeze(3)
         if self.sparse is None:
@@ -155,7 +155,8 @@ class FlashBlock:
             return replace(every, keep=every.keep & again), None
         self.sparse.check_mode(q.shape[2], q.shape[2] + k.shape[2], False)
         with torch.no_grad():
-            chosen = _chosen(self.sparse, self.sparse.plan(q.detach(), k.detach(), view, scale), view)
+            sparse = self.sparse.with_values(v.detach())
+            chosen = _chosen(self.sparse, sparse.plan(q.detach(), k.detach(), view, scale), view)
         left = replace(chosen, keep=~chosen.keep & again)
         old = chosen.keep if now.chosen is None else now.chosen.keep
         if old.shape[2:] != chosen.keep.shape[2:]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tilewise.attention.gates.rotary import frequencies, resampled, turn
 from tilewise.attention.gates.sizes import check_sizes, positive
-from tilewise.attention.scores import AT_ONCE, grouped
+from tilewise.attention.scores import by_tile, grouped, true_weights
 from tilewise.attention.stages import Layout
 from tilewise.tiles import NONE, Causal, Mask, Tiling
-from tilewise.tiles.visibility import FAR, HIDDEN, to_heads
+from tilewise.tiles.visibility import FAR, HIDDEN
 
 POOLS = ("mean", "max", "min")
 
@@ -145,7 +145,7 @@ def _pooled(x: Tensor, tiling: Tiling, pools: tuple[str, ...], seen: Tensor | No
 
 @dataclass(frozen=True)
 class TrueMax:
-    """The oracle of the gate: a tile's largest true attention weight. Costs as much as dense attention.
+    """The oracle of the gate: a tile's largest true attention weight. Costs more than dense attention.
 
     Taken in pieces of queries, so nothing N x N is held.
     """
@@ -154,17 +154,13 @@ class TrueMax:
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         b, heads, n_q, _ = layout.q.shape
+        n_k = layout.k.shape[2]
         height = layout.q_tiling.size if layout.q_tiling.bounds is None else max(1, n_q)
-        step = max(1, AT_ONCE // max(1, b * heads * layout.k.shape[2] * height)) * height
         out = []
-        for start in range(0, n_q, step):
-            some = torch.arange(start, min(start + step, n_q), device=layout.q.device).view(1, 1, -1)
-            seen = to_heads(layout.view.permute(some, None).tokens(), heads)
-            logits = grouped(layout.q[:, :, start : start + step] * layout.scale, layout.k).float()
-            weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num_(0)
-            columns = layout.k_tiling.split(weights.transpose(2, 3), 0).amax(3).transpose(2, 3)
+        for weights in true_weights(layout, height):
+            columns = by_tile(layout.k_tiling, weights, n_k, sums=False)
             out.append(layout.q_tiling.split(columns, 0).amax(3))
-        shape = (b, heads, 0, layout.k_tiling.count(layout.k.shape[2]))
+        shape = (b, heads, 0, layout.k_tiling.count(n_k))
         return torch.cat(out, 2) if out else layout.q.new_zeros(shape, dtype=torch.float32)
 
 

@@ -11,11 +11,11 @@ from tilewise.attention.gates.block_gate import BlockGate
 from tilewise.attention.gates.boundary import BoundaryPredictor
 from tilewise.attention.gates.chunks import ChunkAdapters
 from tilewise.attention.gates.fit import Gates
+from tilewise.attention.recipes.sla import SLA
+from tilewise.attention.recipes.spt import SPT
 
 KINDS: dict[str, type[nn.Module]] = {
-    "block": BlockGate,
-    "boundary": BoundaryPredictor,
-    "chunk": ChunkAdapters,
+    kind.kind: kind for kind in (BlockGate, BoundaryPredictor, ChunkAdapters, SLA, SPT)
 }
 
 

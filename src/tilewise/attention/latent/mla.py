@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tilewise.attention.api import attend
 from tilewise.attention.plans import Pass, Plan
-from tilewise.tiles import Causal
+from tilewise.tiles import Causal, Mask
 
 FORMS = ("auto", "expanded", "absorbed")
 
@@ -139,36 +139,45 @@ class MLA(nn.Module):
             heads = cast(Tensor, attend(q, k, v, mask="causal", scale=self.scale))
         return self.out(heads.transpose(1, 2).flatten(2)), state
 
-    def queries(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Queries `[B, heads, N, head_dim]` and their rotated part `[B, heads, N, rope_dim]`."""
+    def queries(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, heads, N, head_dim]` and their rotated part `[B, heads, N, rope_dim]`; `start` as in
+        `rotate`."""
         low = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))
         q = self.q_up(low).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         plain, turned = q.split([self.head_dim, self.rope_dim], -1)
         return plain, rotate(turned, start, self.rope_base)
 
-    def keep(self, x: Tensor, start: int) -> LatentState:
-        """What is kept of new tokens, the first of them at position `start`."""
+    def keep(self, x: Tensor, start: int | Tensor) -> LatentState:
+        """What is kept of new tokens, the first of them at position `start`, or each at its own."""
         latent, rope = self.kv_down(x).split([self.latent, self.rope_dim], -1)
         return LatentState(self.kv_norm(latent), rotate(rope, start, self.rope_base))
 
 
-def attend_latent(q: Tensor, q_rope: Tensor, state: LatentState, scale: float) -> Tensor:
-    """All heads over the latents as one kv head: `q [B, heads, N, d]` to mixed latents `[B, heads, N, d]`."""
+def attend_latent(
+    q: Tensor, q_rope: Tensor, state: LatentState, scale: float, mask: Mask | None = None
+) -> Tensor:
+    """All heads over the latents as one kv head: `q [B, heads, N, d]` to mixed latents `[B, heads, N, d]`; `mask`
+    None is causal."""
     queries = torch.cat([q, q_rope], -1)
     keys = torch.cat([state.latent, state.rope], -1).unsqueeze(1)
     values = keys[..., : state.latent.shape[2]]
     # What `attend` does after its checks, one of which ends head_dim at 512: DeepSeek-V2's latent makes 512 + 64.
-    view = Causal().bind(queries.shape[2], keys.shape[2], device=q.device)
+    view = (Causal() if mask is None else mask).bind(queries.shape[2], keys.shape[2], device=q.device)
     return Plan((Pass(view),), view).run(queries, keys, values, scale=scale, need_lse=False).out
 
 
-def rotate(x: Tensor, start: int, base: float) -> Tensor:
-    """Rotary positions for `x [..., N, D]`, the first token at `start`: neighbouring features turn together."""
+def rotate(x: Tensor, start: int | Tensor, base: float) -> Tensor:
+    """Rotary positions for `x [..., N, D]`: neighbouring features turn together.
+
+    The first token stands at `start`, or the tokens at these positions, integers that broadcast to `[..., N]`.
+    """
     n, d = x.shape[-2:]
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Angles in float64: a position times a frequency in float32 is off by a thousandth of a turn beyond 10,000.
     speed = base ** (-torch.arange(0, d, 2, dtype=torch.float64, device=x.device) / max(d, 1))
-    angle = torch.arange(start, start + n, dtype=torch.float64, device=x.device).unsqueeze(1) * speed
+    if not isinstance(start, Tensor):
+        start = torch.arange(start, start + n, device=x.device)
+    angle = start.unsqueeze(-1).double() * speed
     cos, sin = angle.cos().to(kind), angle.sin().to(kind)
     first, second = x[..., 0::2].to(kind), x[..., 1::2].to(kind)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from tilewise.attention.gates.chunks import ChunkAdapters, hidden_keys
 from tilewise.attention.gates.sizes import check_sizes, positive
 from tilewise.attention.method import Method
 from tilewise.attention.plans import Pass, Plan
-from tilewise.attention.recipes.dhsa import pieces
+from tilewise.attention.recipes.dhsa import parents, pieces
 from tilewise.tiles import NONE, Causal, Partial, TileMap, Tiling, Visibility
+
+TILE = 32  # tokens computed together: a fixed size, so that the length of a later chunk changes no earlier rounding
 
 
 @dataclass(eq=False)
@@ -22,12 +24,13 @@ class ChunkState:
     """What decoding carries from token to token, for one layer and one sequence.
 
     Attributes:
-        starts: where chunks begin, the running one last. keys: mean features of complete chunks `[1, C, H_kv D]`.
-        running: sum of the running chunk's key features `[1, H_kv D]`. recent: features of the last keys, as many
-            as the chunk adapter sees, `[1, W, H_kv D]`. chosen: complete chunks that are read, int64 `[K]`.
-        refreshes: how often a choice was made.
+        length: tokens so far. starts: where chunks begin, the running one last.
+        keys: mean features of complete chunks `[1, C, H_kv D]`. running: sum of the running chunk's key features
+        `[1, H_kv D]`. recent: features of the last keys, as many as the chunk adapter sees, `[1, W, H_kv D]`.
+        chosen: complete chunks that are read, int64 `[K]`. refreshes: how often a choice was made.
     """
 
+    length: int
     starts: list[int]
     keys: Tensor
     running: Tensor
@@ -46,7 +49,9 @@ class ChunkLLM(Method):
     the same chunks, so this costs little recall and saves all other choices. All heads read the same chunks.
 
     A prompt is read in the same way, all at once: `plan` gives it as tiles of chunks by chunks. Token by token,
-    `start` and `step` do the same with a `ChunkState`, whose `refreshes` counts the choices.
+    `start` and `step` do the same with a `ChunkState`, whose `refreshes` counts the choices, and so does a patched
+    model that is told to decode with it, `patch(model, methods, decode=methods)`. Made for causal masks; under
+    others, chunks that a mask shows ahead can be chosen as well.
 
     Differs from the paper: ends are told from the layer's own keys, as a method sees no hidden states, so layers
     may cut differently where the authors' bottom layer cuts for all; a chunk's key is the mean of its tokens' keys
@@ -55,10 +60,13 @@ class ChunkLLM(Method):
     Args:
         adapters: of the layer. top_k: complete chunks that are read. threshold: probability above which a chunk
         ends.
-        longest: tokens. every: choose anew for every token, among the chunks complete by then: the control.
+        longest: tokens. every: choose anew for every token, among the chunks complete by then: the control; it
+        reads prompts only.
+        state: what decoding goes on from, filled in by `with_state`.
 
-    Raises ValueError for other settings, for as many queries as there are not keys, and when the layer's sizes are
-    not the adapters'.
+    How many chunks there are is known once the adapters ran, so a graph of `torch.compile` can hold a plan made
+    before, but not the choice. Raises ValueError for that, for other settings, for several queries that are not a
+    whole prompt, for one without the state of the tokens before it, and when the adapters are for other sizes.
     """
 
     adapters: ChunkAdapters
@@ -66,7 +74,9 @@ class ChunkLLM(Method):
     threshold: float = 0.5
     longest: int = 256
     every: bool = False
-    modes = ("train", "prefill")
+    state: ChunkState | None = field(default=None, repr=False, compare=False)
+    modes = ("train", "prefill", "decode")
+    carries = True
     reads = "q, k, trained weights"
     needs = "trained adapters"
 
@@ -81,11 +91,18 @@ class ChunkLLM(Method):
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         n = k.shape[2]
+        check_sizes(self.adapters, q, k)
+        if q.shape[2] == 1 < n:
+            return self._plan_next(n, view)
         if q.shape[2] != n:
             raise ValueError(
-                f"ChunkLLM reads whole prompts, or with step one token: {q.shape[2]} queries, {n} keys"
+                f"ChunkLLM reads whole prompts, or with a state one token: {q.shape[2]} queries, {n} keys"
             )
-        check_sizes(self.adapters, q, k)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "ChunkLLM cannot be compiled, as it cuts where its adapters say; make a plan before and give attend"
+                " that"
+            )
         if not n:
             return Plan((Pass(view),), view)
         bounds, keys = self._cut(k, view)
@@ -103,23 +120,88 @@ class ChunkLLM(Method):
         with torch.no_grad():
             scores = self.adapters.scores(queries, means).unsqueeze(1)
         seen = (view.tiles(rows, chunks) != NONE).any(1, keepdim=True)
-        before = seen & (own < mine.unsqueeze(-1)).unsqueeze(1)
-        keep = best(scores, before, self.top_k) | (own == mine.unsqueeze(-1)).unsqueeze(1)
-        return Plan((Pass(view, TileMap(keep, rows, chunks)),), view)
+        running = (own == mine.unsqueeze(-1)).unsqueeze(1)
+        keep = best(scores, seen & ~running, self.top_k) | running
+        finer = pieces(bounds, n, TILE, equal=False)
+        columns = Tiling(TILE, finer)
+        keep = keep.gather(3, parents(bounds, finer).unsqueeze(2).expand(-1, -1, keep.shape[2], -1))
+        if not self.every:
+            rows = columns
+            keep = keep.gather(2, parents(bounds, finer).unsqueeze(3).expand(-1, -1, -1, keep.shape[3]))
+        return Plan((Pass(view, TileMap(keep, rows, columns)),), view)
+
+    def chunks(self, k: Tensor, view: Visibility) -> Tensor:
+        """Where the keys are cut, int64 `[B, 1, C + 1]`; chunks at the end may be empty."""
+        return self._cut(k, view)[0]
+
+    def _plan_next(self, n: int, view: Visibility) -> Plan:
+        """The plan of the token n - 1: the chosen chunks and the running one."""
+        state = self.state
+        if state is None or self.every or state.length != n - 1:
+            has = "none" if state is None else f"that of {state.length}"
+            raise ValueError(
+                f"ChunkLLM decodes with the state of the {n - 1} tokens before, and without every=True; it has"
+                f" {has}"
+            )
+        chunks = Tiling.from_bounds(torch.tensor([*state.starts, n], device=view.pos.device))
+        keep = torch.zeros(1, 1, 1, len(state.starts), dtype=torch.bool, device=view.pos.device)
+        keep[..., -1] = True
+        keep[..., state.chosen] = True
+        return Plan((Pass(view, TileMap(keep, Tiling(1), chunks)),), view)
+
+    def with_state(self, state: ChunkState | None) -> ChunkLLM:
+        return replace(self, state=state)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ChunkState]:
         """Read a prompt under a causal mask: the output `[1, H_q, N, D_v]` and the state behind it, N >= 1.
 
         Raises ValueError for more than one sequence: they end chunks at different times.
         """
+        view = Causal().bind(k.shape[2], k.shape[2], device=k.device)
+        state = self.carry(q, k, view, None)
+        return _out(attend(q, k, v, self, mask="causal")), state
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: ChunkState) -> Tensor:
+        """One token more: `q [1, H_q, 1, D]` and all keys and values, its own last. Changes the state.
+
+        Returns `[1, H_q, 1, D_v]`: attention over the chosen chunks and the running one.
+        """
+        out = attend(q, k, v, self.with_state(state), mask="causal")
+        self.carry(q, k, Causal().bind(1, k.shape[2], device=k.device), state)
+        return _out(out)
+
+    def carry(self, q: Tensor, k: Tensor, view: Visibility, state: ChunkState | None) -> ChunkState:
+        """The state behind a whole prompt, or changed by one token more. Raises ValueError for several sequences,
+        for padding, and when tokens are missing in between."""
         n = k.shape[2]
-        if k.shape[0] != 1 or not n:
-            raise ValueError(f"a state is that of one sequence of at least one token, got {list(k.shape)}")
-        view = Causal().bind(n, n, device=k.device)
-        out = attend(q, k, v, self, mask="causal")
+        if (
+            k.shape[0] != 1
+            or not n
+            or not torch.equal(view.k_pos.flatten(), torch.arange(n, device=k.device))
+        ):
+            raise ValueError(
+                f"a state is that of one sequence of at least one token, without padding, got {list(k.shape)}"
+            )
+        if state is not None and state.length + 1 == n:
+            new = self.adapters.features(k[:, :, -1:], view.k_pos[..., -1:])
+            state.running = state.running + new[:, 0]
+            state.recent = torch.cat([state.recent, new], 1)[:, -self.adapters.window :]
+        elif q.shape[2] == n:
+            state = self._begin(q, k, view)
+        else:
+            raise ValueError(
+                f"a state goes on token by token, this is token {n} after {state and state.length}"
+            )
+        state.length = n
+        self._close(q[:, :, -1:], n, state)
+        return state
+
+    def _begin(self, q: Tensor, k: Tensor, view: Visibility) -> ChunkState:
+        """The state before the last token of a prompt may end its chunk."""
         bounds, keys = self._cut(k, view)
         starts = bounds[0, 0, :-1].tolist()
         state = ChunkState(
+            k.shape[2],
             starts,
             keys[:, :0],
             keys[:, starts[-1] :].sum(1),
@@ -128,32 +210,10 @@ class ChunkLLM(Method):
         )
         if len(starts) > 1:
             state.keys = Tiling.from_bounds(bounds).mean(keys.unsqueeze(1))[0][:, 0, :-1]
-            last = starts[-1] - 1
-            self._refresh(
-                self.adapters.features(q[:, :, last : last + 1], view.q_pos[..., last : last + 1]), state
-            )
+            last = slice(starts[-1] - 1, starts[-1])
+            self._refresh(self.adapters.features(q[:, :, last], view.q_pos[..., last]), state)
             state.refreshes = len(starts) - 1
-        self._close(q[:, :, -1:], n, state)
-        return _out(out), state
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: ChunkState) -> Tensor:
-        """One token more: `q [1, H_q, 1, D]` and all keys and values, its own last. Changes the state.
-
-        Returns `[1, H_q, 1, D_v]`: attention over the chosen chunks and the running one.
-        """
-        n = k.shape[2]
-        check_sizes(self.adapters, q, k)
-        spans = [
-            *((state.starts[c], state.starts[c + 1]) for c in state.chosen.tolist()),
-            (state.starts[-1], n),
-        ]
-        index = torch.cat([torch.arange(a, b, device=k.device) for a, b in spans])
-        out = attend(q, k[:, :, index], v[:, :, index])
-        new = self.adapters.features(k[:, :, -1:], torch.full((1, 1, 1), n - 1, device=k.device))
-        state.running = state.running + new[:, 0]
-        state.recent = torch.cat([state.recent, new], 1)[:, -self.adapters.window :]
-        self._close(q, n, state)
-        return _out(out)
+        return state
 
     def _close(self, q: Tensor, n: int, state: ChunkState) -> None:
         """End the running chunk with the token n - 1, whose query is `q`, if it ends there; then choose anew."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d, pad
+from torch.nn.functional import pad
 
 from tilewise.attention.gates.boundary import BoundaryPredictor
 from tilewise.attention.gates.sizes import check_sizes, positive
@@ -88,9 +88,9 @@ class DHSA(Method):
             return Plan((Pass(view),), view)
         bounds = self.chunks(q, k, view)
         finer = pieces(bounds, n, self.grain, equal=False)
-        rows, chunks, parts = Tiling(self.block), Tiling.from_bounds(bounds), Tiling.from_bounds(finer)
-        parent = torch.searchsorted(bounds, finer[..., :-1].contiguous(), right=True) - 1  # [b, 1, parts]
-        parent = parent.clamp(max=bounds.shape[-1] - 2)  # pieces without tokens
+        longest = self.length if self.predictor is None else self.longest or 4 * self.length
+        rows, chunks, parts = Tiling(self.block), Tiling(longest, bounds), Tiling(self.grain, finer)
+        parent = parents(bounds, finer)
         scores = self.scores(q, k, view, rows, chunks)
         scores = scores.mean(1, keepdim=True) if self.shared else scores
         visible = to_heads(view.tiles(rows, parts), q.shape[1]) != NONE
@@ -148,7 +148,7 @@ def cut(logits: Tensor, n: int, length: int, gap: int) -> Tensor:
         return torch.tensor([[0, n]], device=device).expand(b, -1)
     ends = torch.arange(1, n, device=device)
     logits = logits.masked_fill((ends < gap) | (ends > n - gap), -torch.inf)
-    best = max_pool1d(logits.unsqueeze(1), 2 * gap - 1, 1, gap - 1).squeeze(1)
+    best = pad(logits, (gap - 1, gap - 1), value=-torch.inf).unfold(-1, 2 * gap - 1, 1).amax(-1)
     peaks = logits.masked_fill(logits < best, -torch.inf)
     top = peaks.topk(min(n - 1, max(1, n // length - 1)), -1)
     found = (top.indices + 1).masked_fill(top.values == -torch.inf, n).sort(-1).values
@@ -158,15 +158,33 @@ def cut(logits: Tensor, n: int, length: int, gap: int) -> Tensor:
 def pieces(bounds: Tensor, n: int, most: int, equal: bool) -> Tensor:
     """Chunks of more than `most` tokens cut further: bounds `[b, 1, P + 1]`, a superset of `bounds [b, 1, C + 1]`.
 
-    Into the fewest parts, all of a length (`equal`), or all of `most` tokens but the last.
+    Into the fewest parts, all of a length (`equal`), or all of `most` tokens but the last. `n` >= 1 tokens.
     """
-    sizes = bounds.diff(dim=-1).unsqueeze(-1)
-    parts = -(-sizes // most)  # [b, 1, c, 1]; 0 for chunks without tokens
-    place = torch.arange(max(1, int(parts.amax())), device=bounds.device)
-    shift = torch.div(place * sizes, parts.clamp(min=1), rounding_mode="floor") if equal else place * most
-    starts = (bounds[..., :-1, None] + shift).masked_fill(place >= parts, n).flatten(2).sort(-1).values
-    starts = starts[..., : max(1, int((starts < n).sum(-1).max()))]
-    return pad(starts, (0, 1), value=n)
+    at = torch.arange(n, device=bounds.device).expand(*bounds.shape[:2], n).contiguous()
+    own = torch.searchsorted(bounds[..., 1:].contiguous(), at, right=True)
+    start, end = bounds.gather(-1, own), bounds.gather(-1, own + 1)
+    place, size = at - start, end - start
+    first = place % most == 0
+    if equal:  # part p of P begins at p size / P
+        parts = -(-size // most)
+        first = -(-place * parts // size) * size // parts == place
+    starts = torch.where(first, at, n).sort(-1).values
+    if (
+        torch.compiler.is_compiling()
+    ):  # how many there are is not known inside a graph: as many as there may be
+        count = min(n, bounds.shape[-1] - 1 + n // most)
+    else:
+        count = int(first.sum(-1).max())
+    return torch.cat([starts[..., :count], torch.full_like(starts[..., :1], n)], -1)
+
+
+def parents(bounds: Tensor, finer: Tensor) -> Tensor:
+    """The chunk of `bounds [b, 1, C + 1]` that each piece of `finer [b, 1, P + 1]` is of: int64 `[b, 1, P]`.
+
+    Pieces without tokens are of the last.
+    """
+    found = torch.searchsorted(bounds.contiguous(), finer[..., :-1].contiguous(), right=True) - 1
+    return found.clamp(max=bounds.shape[-1] - 2)
 
 
 def fill(scores: Tensor, among: Tensor, forced: Tensor, sizes: Tensor, budget: int) -> Tensor:

@@ -130,6 +130,7 @@ class FPSAttention(Method):
     precision: TileFP8 | None = TileFP8()
     modes = ("train", "prefill")
     reads = "nothing"
+    needs = "a grid of tokens"
     exact = False
 
     def __post_init__(self) -> None:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tilewise.attention.method import Method
 from tilewise.attention.plans import Pass, Plan
-from tilewise.attention.token_choice import choose_by_rows, lists_plan, shared, visible
+from tilewise.attention.token_choice import lists_plan, shared
+from tilewise.kernels.choose_keys import Call, choose_keys, explain
 from tilewise.tiles import Tiling, Visibility
 from tilewise.tiles.visibility import to_heads
 
@@ -29,20 +29,6 @@ class Index(NamedTuple):
     q: Tensor
     k: Tensor
     weight: Tensor | None = None
-
-    def scores(self, rows: slice, keys: Tensor) -> Tensor:
-        """`sum_h w_h relu(q_h . k)` for some queries: float `[B, lists, rows, M]`.
-
-        `keys` is `[B, lists, M, D]`, the same for all queries, or `[B, lists, rows, M, D]`.
-        """
-        q = self.q[:, :, :, rows]
-        if keys.ndim == 4:
-            products = q @ keys.unsqueeze(2).mT
-        else:
-            products = (q.transpose(2, 3) @ keys.mT).transpose(2, 3)
-        if self.weight is None:
-            return F.leaky_relu(products, LEAK).sum(2)
-        return (products.relu() * self.weight[:, :, :, rows].unsqueeze(-1)).sum(2)
 
 
 @dataclass(frozen=True)
@@ -93,36 +79,40 @@ class HISA(Method):
         return HISA(self.block, self.blocks, self.top_k, index)
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
-        n_q, n_k = q.shape[2], k.shape[2]
+        n_k = k.shape[2]
         if not n_k:
             return Plan((Pass(view),), view)
-        index = self._index(q, k, view)
-        groups, tiling = index.k.shape[1], Tiling(self.block)
-        width = min(self.top_k, n_k)
-        blocks = self.blocks
-        if blocks is None or blocks * self.block >= n_k:
+        index, calls = self._index(q, k, view), []
+        among = None
+        if self.blocks is not None and self.blocks * self.block < n_k:
+            calls.append(self._search(index, view, self.blocks))
+            among = choose_keys(calls[0])
+        calls.append(self._call(index, index.k, view, self.top_k, among=among, block=self.block))
+        return lists_plan(choose_keys(calls[-1]), view, tuple(explain(call) for call in calls))
 
-            def choose(rows: slice) -> Tensor:
-                return self._best(index.scores(rows, index.k), visible(view, rows, n_q, groups))
+    def _search(self, index: Index, view: Visibility, blocks: int) -> Call:
+        """Stage one: the blocks whose mean keys score highest.
 
-            numbers = groups * index.q.shape[2] * n_k
-        else:
-            means = tiling.mean(index.k, view.keys_seen())[0].to(index.k.dtype)
+        The first and the last that a query sees are searched whatever their score.
+        """
+        means = Tiling(self.block).mean(index.k, view.keys_seen())[0]
+        wide = index._replace(q=index.q.to(means.dtype))
+        return self._call(wide, means, view, blocks, covers=self.block, ends=True)
 
-            def choose(rows: slice) -> Tensor:
-                return self._descend(index, means, blocks, rows, visible(view, rows, n_q, groups))
-
-            width = min(width, blocks * self.block)
-            numbers = groups * (blocks * self.block * (index.q.shape[2] + k.shape[3]) + n_k)
-        return lists_plan(choose_by_rows(choose, q, groups, width, numbers), view)
+    @staticmethod
+    def _call(index: Index, keys: Tensor, view: Visibility, top: int, **options) -> Call:
+        """The `top` keys that the indexer scores highest."""
+        slope, weight = LEAK, None
+        if index.weight is not None:
+            slope, weight = 0.0, index.weight.flatten(1, 2)
+        return Call(index.q.flatten(1, 2), keys, view, top, index.q.shape[1], weight, slope, **options)
 
     def _index(self, q: Tensor, k: Tensor, view: Visibility) -> Index:
         """The given index, checked, or that of the heads themselves; with as many lists as the mask asks for."""
         (b, heads, n_q, _), (kv_heads, n_k) = q.shape, k.shape[1:3]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         if self.index is None:
             groups = shared(view, heads, kv_heads)
-            return Index(q.to(wide).unflatten(1, (groups, heads // groups)), to_heads(k, groups).to(wide))
+            return Index(q.unflatten(1, (groups, heads // groups)), to_heads(k, groups))
         own = self.index
         if own.q.shape[3] != n_q or own.k.shape[2] != n_k or own.k.shape[0] not in (1, b):
             raise ValueError(
@@ -130,43 +120,12 @@ class HISA(Method):
                 f" call has {n_q}, {n_k} and {b}: index this sequence"
             )
         groups = shared(view, heads, 1)
-        q, k = (x.detach().to(wide).expand(b, groups, *x.shape[2:]) for x in own[:2])
+        dtype = torch.promote_types(own.q.dtype, own.k.dtype)
+        q, k = (x.detach().to(dtype).expand(b, groups, *x.shape[2:]) for x in own[:2])
         weight = own.weight
         if weight is not None:
-            weight = weight.detach().to(wide).expand(b, groups, *weight.shape[2:])
+            weight = weight.detach().expand(b, groups, *weight.shape[2:])
         return Index(q, k, weight)
-
-    def _best(self, scores: Tensor, seen: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The `top_k` best seen keys of each row in their order, int64, -1 for none.
-
-        Column j of the scores is token j, or `tokens[..., j]`.
-        """
-        best, place = scores.masked_fill(~seen, -torch.inf).topk(min(self.top_k, scores.shape[-1]), -1)
-        listed = place if tokens is None else tokens.gather(-1, place)
-        return listed.masked_fill(best == -torch.inf, -1).sort(-1).values
-
-    def _descend(self, index: Index, means: Tensor, blocks: int, rows: slice, seen: Tensor) -> Tensor:
-        """Stage one names blocks, stage two scores their tokens: lists `[B, G, rows, K]`."""
-        b, groups, n_k, d = index.k.shape
-        tiling, size = Tiling(self.block), self.block
-        scores = index.scores(rows, means)  # [b, g, rows, T]
-        seen = seen.expand(b, groups, *seen.shape[2:])
-        shown = tiling.split(seen.transpose(2, 3), False).any(3).transpose(2, 3)
-        # The first block and the last that a query sees are searched whatever their score.
-        order = torch.arange(means.shape[2], device=scores.device)
-        first = torch.where(shown, order, n_k).amin(-1, keepdim=True)
-        last = torch.where(shown, order, -1).amax(-1, keepdim=True)
-        ranked = scores.masked_fill((order == first) | (order == last), torch.inf).masked_fill(
-            ~shown, -torch.inf
-        )
-        best, place = ranked.topk(blocks, -1)  # [b, g, rows, m]
-        tokens = (place.unsqueeze(-1) * size + torch.arange(size, device=place.device)).flatten(3)
-        inside = (tokens < n_k) & (best > -torch.inf).repeat_interleave(size, -1)
-        tokens = tokens.clamp(max=n_k - 1)
-        keys = index.k.gather(2, tokens.flatten(2).unsqueeze(-1).expand(-1, -1, -1, d)).unflatten(
-            2, tokens.shape[2:]
-        )
-        return self._best(index.scores(rows, keys), inside & seen.gather(-1, tokens), tokens)
 
 
 class Indexer(nn.Module):

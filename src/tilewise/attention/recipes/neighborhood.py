@@ -52,6 +52,7 @@ class NeighborhoodAttention(Method):
     extra: int = 0
     tile: tuple[int, ...] | None = None
     key_tile: tuple[int, ...] | None = None
+    needs = "a grid of tokens"
 
     def __post_init__(self) -> None:
         if not isinstance(self.extra, int) or self.extra < 0:

@@ -24,13 +24,17 @@ class MomentPool:
     are then more likely to be computed exactly. Grouped heads: each query head for itself.
 
     Args:
-        values: `[B, H_kv, N_k, D_v]`, the values of the call in the tokens' own order.
+        values: `[B, H_kv, N_k, D_v]`, the values of the call in the tokens' own order; `attend` and
+            `plan(..., v=v)` fill them in.
 
-    Raises ValueError for values that do not fit the keys.
+    Raises ValueError without values, and for such as do not fit the keys.
     """
 
-    values: Tensor
+    values: Tensor | None = None
     looks = "tile"
+
+    def with_values(self, v: Tensor) -> MomentPool:
+        return MomentPool(v)
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         return mass(_pooled(layout) + to_heads(self._norms(layout), layout.heads).log().unsqueeze(2), among)
@@ -38,6 +42,8 @@ class MomentPool:
     def _norms(self, layout: Layout) -> Tensor:
         """`|H| + 1e-5` of every key tile, `[B, H_kv, T_k]`."""
         k = layout.k
+        if self.values is None:
+            raise ValueError("MomentPool looks at values: plan(..., v=v)")
         if self.values.shape[:3] != k.shape[:3]:
             raise ValueError(
                 f"values must be [{', '.join(map(str, k.shape[:3]))}, D_v], one for each key, got"
@@ -88,9 +94,7 @@ class PISA(Recipe):
         density: share of each row's tiles computed exactly, in (0, 1]; 1 is dense attention.
         taylor: order of the expansion, 0 or 1.
         tile: tokens per tile side. order: which tokens share a tile; for a video `Boxes(grid, box)`.
-        values: the values of the call, `[B, H_kv, N_k, D_v]`: tiles are then chosen by the paper's covariance-aware
-            score (see `MomentPool`). Planning sees no values, so they are given here, and the method is for one
-            call.
+        aware: choose tiles by the paper's covariance-aware score, which looks at values as well (see `MomentPool`).
 
     A bias per key has no meaning for means of keys and raises ValueError, as does a softcap with `taylor=1`.
     """
@@ -99,9 +103,9 @@ class PISA(Recipe):
     taylor: Literal[0, 1] = 1
     tile: int = 64
     order: Order = field(default_factory=AsGiven)
-    values: Tensor | None = field(default=None, repr=False, compare=False)
+    aware: bool = False
     modes = ("train", "prefill", "chunked prefill")
-    reads = "q, k"
+    reads = "q, k, if aware v"
 
     def __post_init__(self) -> None:
         if not isinstance(self.density, int | float) or not 0 < self.density <= 1:
@@ -110,10 +114,12 @@ class PISA(Recipe):
             raise ValueError(f"taylor must be 0 or 1, got {self.taylor!r}")
         if not isinstance(self.tile, int) or self.tile < 1:
             raise ValueError(f"tile must be an integer >= 1, got {self.tile!r}")
+        if not isinstance(self.aware, bool):
+            raise ValueError(f"aware must be True or False, got {self.aware!r}")
         self.tiles()
 
     def tiles(self) -> Tiles:
-        score: Score = MeanPool(counted=True) if self.values is None else MomentPool(self.values)
+        score: Score = MomentPool() if self.aware else MeanPool(counted=True)
         return Tiles(
             score=score,
             select=Share(self.density),

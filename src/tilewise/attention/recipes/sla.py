@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tilewise.attention.api import attend, plan
 from tilewise.attention.plans import Added
 from tilewise.attention.scores import AT_ONCE, MeanPool
 from tilewise.attention.selects import Edges, Share
 from tilewise.attention.stages import AsGiven, Chosen, Layout, Order, Recipe, Skip, Tiles
-from tilewise.tiles import FULL, TileMap
+from tilewise.tiles import FULL, Mask, TileMap
 from tilewise.tiles.visibility import take, to_heads
 
 Feature = Literal["softmax", "elu", "relu"]
@@ -149,6 +151,7 @@ class SparseLinear(Recipe):
     value_dim: int | None = None
     modes = ("train", "prefill", "chunked prefill")
     reads = "q, k"
+    needs = "a learned projection"
 
     def tiles(self) -> Tiles:
         return Tiles(
@@ -159,6 +162,27 @@ class SparseLinear(Recipe):
             always=(Edges(),),
             rest=LinearRest(self.negligible, self.feature, self.project, self.value_dim),
         )
+
+
+def _ridge(grams: Tensor, moments: Tensor) -> Tensor:
+    """The matrix W for `X W ~ Y`, from `X^T X` and `X^T Y` of several calls, `[calls, D, D]`, with a ridge that is
+    chosen on calls left out in turn; 0 where that is best."""
+    whole, wanted = grams.sum(0), moments.sum(0)
+    size = whole.trace() / len(whole)
+    best, least = torch.zeros_like(wanted), 0.0
+    if not size > 0:
+        return best
+    for ridge in (1e-6, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0):
+        add = ridge * size * torch.eye(len(whole), dtype=whole.dtype, device=whole.device)
+        lost = 0.0
+        for gram, moment in zip(grams, moments):
+            made = torch.linalg.solve(whole - gram + add, wanted - moment)
+            lost += float(
+                (made * (gram @ made - 2 * moment)).sum()
+            )  # squares that are left, less those of W = 0
+        if lost < least:
+            best, least = torch.linalg.solve(whole + add, wanted), lost
+    return best
 
 
 class SLA(nn.Module):
@@ -172,6 +196,8 @@ class SLA(nn.Module):
         layer = SLA(head_dim=64)
         out = attend(q, k, v, layer.method())
 
+    Beside a model that stays as it is, `fit` sets the projection alone, by ridge regression.
+
     Follows the paper, not the authors' open code, whose linear part runs over all keys, critical and negligible
     ones too. Differs from both: the projection has no constant term, so that queries without marginal tiles get
     nothing from it; tiles that the mask cuts through are critical, whatever their score, so any mask works; the
@@ -184,6 +210,8 @@ class SLA(nn.Module):
 
     Raises ValueError for settings outside these, and when called with values of another width.
     """
+
+    kind: ClassVar[str] = "linear"
 
     def __init__(
         self,
@@ -205,10 +233,45 @@ class SLA(nn.Module):
         if feature not in ("softmax", "elu", "relu"):
             raise ValueError(f"feature must be 'softmax', 'elu' or 'relu', got {feature!r}")
         self.head_dim, self.critical, self.negligible = head_dim, critical, negligible
-        self.tile, self.feature, self.order = tile, feature, AsGiven() if order is None else order
+        self.tile, self.feature = cast(tuple[int, int], tuple(tile)), feature
+        self.order = AsGiven() if order is None else order
         self.project = nn.Linear(head_dim, head_dim, bias=False)
         nn.init.zeros_(self.project.weight)
         self.method().tiles()
+
+    @torch.no_grad()
+    def fit(
+        self, calls: Iterable[tuple[Tensor, Tensor, Tensor]], *, mask: Mask | Tensor | str | None = None
+    ) -> None:
+        """Set the projection alone, to what brings the answers to such calls nearest to dense attention's.
+
+        Args:
+            calls: of one layer, at least two, `q [B, H_q, N, D]`, `k [B, H_kv, N, D]`, `v [B, H_kv, N, head_dim]`:
+                what the frozen model's attention sees. mask: as in `attend`.
+
+        Ridge regression over all queries and heads, in float64: how much the matrix is drawn towards 0 is what does
+        best on each call when it is fitted to the others. Where no matrix helps on calls left out it stays 0.
+        Raises ValueError for fewer than two calls.
+        """
+        method, grams, moments = replace(self.method(), project=None), [], []
+        for q, k, v in calls:
+            made = plan(method, q, k, mask=mask)
+            sparse = attend(q, k, v, replace(made, added=()), mask=mask)
+            missing = (cast(Tensor, attend(q, k, v, mask=mask)) - cast(Tensor, sparse)).flatten(0, 2).double()
+            linear = torch.stack([part.run(q, k, v, q.shape[3] ** -0.5) for part in made.added]).sum(0)
+            linear = linear.flatten(0, 2).double()
+            grams.append(linear.mT @ linear)
+            moments.append(linear.mT @ missing)
+        if len(grams) < 2:
+            raise ValueError(f"calls must hold at least two (q, k, v), got {len(grams)}")
+        self.project.weight.copy_(_ridge(torch.stack(grams), torch.stack(moments)).mT)
+
+    def settings(self) -> dict[str, Any]:
+        """What it is made with, for a file's header. Raises ValueError for an order, which files do not hold."""
+        if not isinstance(self.order, AsGiven):
+            raise ValueError(f"a file holds an SLA in the tokens' own order, this one has {self.order!r}")
+        names = ("head_dim", "critical", "negligible", "feature")
+        return {**{name: getattr(self, name) for name in names}, "tile": list(self.tile)}
 
     def method(self) -> SparseLinear:
         """The method with this layer's projection, to be given to `attend`."""

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from tilewise.attention.method import Method
 from tilewise.attention.plans import Pass, Plan
-from tilewise.attention.scores import grouped
-from tilewise.attention.statistical import StatisticalTopK
-from tilewise.attention.token_choice import choose_by_rows, compact, lists_plan, visible
+from tilewise.attention.token_choice import lists_plan
+from tilewise.kernels.choose_keys import Call, choose_keys, explain
 from tilewise.tiles import Mask, Visibility, as_mask
 from tilewise.tiles.visibility import to_heads
 
@@ -54,22 +53,14 @@ class Spark(Method):
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         if not k.shape[2]:
             return Plan((Pass(view),), view)
-        return lists_plan(self.lists(q, k, view), view, even=True)
+        call = self.choice(q, k, view)
+        return lists_plan(choose_keys(call), view, (explain(call),))
 
-    def lists(self, q: Tensor, k: Tensor, view: Visibility) -> Tensor:
-        """The keys of each query, int64 `[B, H_q, N_q, W]`, -1 for none."""
-        heads, n_q, n_k = q.shape[1], q.shape[2], k.shape[2]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    def choice(self, q: Tensor, k: Tensor, view: Visibility) -> Call:
+        """What chooses the keys of each query, int32 `[B, H_q, N_q, W]`."""
         rank = self._rank(q.shape[3])
-        near, far = q[..., :rank].to(wide), k[..., :rank].to(wide)
-        width = min(2 * self.top_k if self.most is None else self.most, n_k)
-        select = StatisticalTopK(self.top_k)
-
-        def choose(rows: slice) -> Tensor:
-            seen = visible(view, rows, n_q, heads)
-            return compact(select.keep(grouped(near[:, :, rows], far), seen), width)
-
-        return choose_by_rows(choose, q, heads, width, heads * n_k)
+        most = 2 * self.top_k if self.most is None else self.most
+        return Call(q[..., :rank], k[..., :rank], view, self.top_k, lists=q.shape[1], most=most)
 
     def _rank(self, head_dim: int) -> int:
         rank = max(1, head_dim // 2) if self.rank is None else self.rank
@@ -107,7 +98,7 @@ def spark_attention(
         return q.new_zeros(*q.shape[:3], v.shape[3])
     view = as_mask(mask).bind(n_q, k.shape[2], device=q.device)
     with torch.no_grad():
-        index = method.lists(q, k, view)
+        index = choose_keys(method.choice(q, k, view)).long()
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (_gather(to_heads(x, heads).to(wide).expand(-1, heads, -1, -1), index) for x in (k, v))
     queries = q.to(wide).unsqueeze(3)

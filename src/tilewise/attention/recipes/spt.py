@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
 from tilewise.attention.method import Method
 from tilewise.attention.plans import Pass, Plan
-from tilewise.attention.token_choice import choose_by_rows, lists_plan, visible
+from tilewise.attention.token_choice import lists_plan
+from tilewise.kernels.choose_keys import Call, choose_keys, explain
 from tilewise.tiles import Mask, Visibility, as_mask
 from tilewise.tiles.clustering import kmeans
 from tilewise.tiles.visibility import to_heads
@@ -26,32 +29,23 @@ class SharedCodes(Method):
     codebooks: Tensor = field(repr=False, compare=False)
     share: float = 1 / 8
     reads = "codes of q and k"
+    needs = "codebooks"
 
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         if not k.shape[2]:
             return Plan((Pass(view),), view)
-        return lists_plan(self.lists(q, k, view), view)
+        call = self.choice(q, k, view)
+        return lists_plan(choose_keys(call), view, (explain(call),))
 
-    def lists(self, q: Tensor, k: Tensor, view: Visibility) -> Tensor:
-        """The keys of each query, int64 `[B, H_q, N_q, W]`, -1 for none."""
-        heads, n_q, n_k = q.shape[1], q.shape[2], k.shape[2]
-        subspaces, _, part = self.codebooks.shape
+    def choice(self, q: Tensor, k: Tensor, view: Visibility) -> Call:
+        """What chooses the keys of each query, int32 `[B, H_q, N_q, W]`."""
+        subspaces, codewords, part = self.codebooks.shape
         if q.shape[3] != subspaces * part:
             raise ValueError(f"the codebooks are for head_dim {subspaces * part}, got {q.shape[3]}")
-        wanted, codes = (encode(x, self.codebooks) for x in (q, k))
-        codes = to_heads(codes, heads).unsqueeze(2)
-        width = max(1, math.ceil(self.share * n_k - 1e-6))
-        place = torch.arange(n_k, dtype=torch.int32, device=q.device)
-
-        def choose(rows: slice) -> Tensor:
-            same = torch.zeros((), dtype=torch.int32, device=q.device)
-            for one, other in zip(wanted[:, :, rows].unbind(-1), codes.unbind(-1)):
-                same = same + (one.unsqueeze(-1) == other)
-            ranked = same * n_k + place  # of keys that share as many codes, the latest first
-            best, index = ranked.masked_fill(~visible(view, rows, n_q, heads), -1).topk(width, -1)
-            return index.masked_fill(best < 0, -1).sort(-1).values
-
-        return choose_by_rows(choose, q, heads, width, heads * n_k * 8)
+        # How many codes two vectors share is the product of their codes written as zeros and a one each.
+        wanted, codes = (one_hot(encode(x, self.codebooks), codewords).flatten(3) for x in (q, k))
+        width = max(1, math.ceil(self.share * k.shape[2] - 1e-6))
+        return Call(wanted.bfloat16(), codes.bfloat16(), view, width, lists=q.shape[1], latest=True)
 
 
 def encode(x: Tensor, codebooks: Tensor) -> Tensor:
@@ -116,6 +110,8 @@ class SPT(nn.Module):
     Raises ValueError for settings that do not fit, and when a call has another head_dim.
     """
 
+    kind: ClassVar[str] = "codes"
+
     def __init__(
         self, head_dim: int, *, subspaces: int = 8, codewords: int = 16, share: float = 1 / 8
     ) -> None:
@@ -127,7 +123,7 @@ class SPT(nn.Module):
             raise ValueError(f"head_dim must be a multiple of {subspaces} subspaces, got {head_dim}")
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1], got {share!r}")
-        self.share = share
+        self.head_dim, self.subspaces, self.codewords, self.share = head_dim, subspaces, codewords, share
         self.codebooks = nn.Parameter(torch.randn(subspaces, codewords, head_dim // subspaces))
 
     @torch.no_grad()
@@ -161,13 +157,17 @@ class SPT(nn.Module):
             return v.new_zeros(b, heads, n_q, v.shape[3])
         view = as_mask(mask).bind(n_q, n_k, device=q.device)
         with torch.no_grad():
-            index = self.method().lists(q, k, view)
+            index = choose_keys(self.method().choice(q, k, view)).long()
         factor = d**-0.5 if scale is None else scale
         step = max(1, ROWS_AT_ONCE // max(1, b * heads * index.shape[3] * max(d, v.shape[3])))
         parts = [(q[:, :, i : i + step], index[:, :, i : i + step]) for i in range(0, n_q, step)]
         return torch.cat(
             [checkpoint(_listed, x, k, v, own, factor, use_reentrant=False) for x, own in parts], 2
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What it is made with, for a file's header."""
+        return {name: getattr(self, name) for name in ("head_dim", "subspaces", "codewords", "share")}
 
     def method(self) -> SharedCodes:
         """The method with these codebooks, to be given to `attend`."""

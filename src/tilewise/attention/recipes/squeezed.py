@@ -65,12 +65,14 @@ class SqueezedContext:
             window: last tokens of the context, which are left out: always read, and their queries calibrate.
             iterations, seed: of k-means.
 
-        Raises ValueError for shares outside (0, 1] and a context of no more than `window` tokens.
+        Raises ValueError for shares outside (0, 1] and a context of no tokens or of no more than `window`.
         """
         for name, share in (("clusters", clusters), ("coarse", coarse)):
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {share!r}")
         n = k.shape[2] - window
+        if not k.shape[2]:
+            raise ValueError(f"a context must have at least one token, got keys {list(k.shape)}")
         if window < 0 or n < 1:
             raise ValueError(
                 f"window must be in 0..{k.shape[2] - 1}, below the context's length, got {window}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,16 +28,21 @@ class MeansError:
     every mean query with every key. Grouped heads: each query head for itself.
 
     Args:
-        values: `[B, H_kv, N_k, D_v]`, the values of the call in the tokens' own order. None takes them all alike,
-            and the error is that of the weights alone.
+        values: `[B, H_kv, N_k, D_v]`, the values of the call in the tokens' own order; `attend` and
+            `plan(..., v=v)` fill them in.
         gamma: 0 does not look at the cost, 1 is error per key.
+        weights_only: take all values alike: the error is that of the weights alone.
 
-    Raises ValueError for values that do not fit the keys.
+    Raises ValueError without values, unless it looks at weights only, and for such as do not fit the keys.
     """
 
     values: Tensor | None = None
     gamma: float = 1.0
+    weights_only: bool = False
     looks = "tile"
+
+    def with_values(self, v: Tensor) -> MeansError:
+        return replace(self, values=v)
 
     def score(self, layout: Layout, among: Tensor) -> Tensor:
         seen = layout.view.keys_seen()
@@ -73,8 +78,10 @@ class MeansError:
         """`|v|^2` and `v v'` of every key `[B, H_q, 1, N_k]`, `|v'|^2` of every tile `[B, H_q, 1, T_k]`."""
         k = layout.k
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-        if self.values is None:
+        if self.weights_only:
             v = torch.ones(*k.shape[:3], 1, dtype=wide, device=k.device)
+        elif self.values is None:
+            raise ValueError("MeansError looks at values: plan(..., v=v), or weights_only=True")
         elif self.values.shape[:3] != k.shape[:3]:
             raise ValueError(
                 f"values must be [{', '.join(map(str, k.shape[:3]))}, D_v], one for each key, got"
@@ -100,24 +107,26 @@ class SVGEAR(Method):
     (the tokens of the tiles that hold the share `threshold` of the estimated mass) on the tiles of the highest
     error per key (see `MeansError`), after the `least` share of the tiles with the most mass.
 
-    Planning sees no values, so without `values` the error is that of the attention weights. Differs from the
-    authors' code as `SVG2` does. A row may exceed its budget by one tile, as there. Made for attention without a
-    causal mask: tiles that a mask cuts through are computed exactly, and a causal mask cuts nearly all tiles of
-    scattered tokens. The choice looks at the whole prompt. Grouped heads: each query head chooses for itself.
+    Differs from the authors' code as `SVG2` does. A row may exceed its budget by one tile, as there. Made for
+    attention without a causal mask: tiles that a mask cuts through are computed exactly, and a causal mask cuts
+    nearly all tiles of scattered tokens. The choice looks at the whole prompt. Grouped heads: each query head
+    chooses for itself.
 
     Args:
         clusters: how tokens are clustered, and the budget: its `threshold` and `least`.
         gamma: power of the cost that errors are divided by, >= 0.
-        values: the values of the call, `[B, H_kv, N_k, D_v]`: the paper's error. The method is then for one call.
+        weights_only: estimate the error of the attention weights, without a look at values.
+        values: of the call, `[B, H_kv, N_k, D_v]`; `attend` and `plan(..., v=v)` fill them in.
 
     A bias per key has no meaning for means of keys and raises ValueError.
     """
 
     clusters: SVG2 = field(default_factory=lambda: SVG2())
     gamma: float = 1.0
+    weights_only: bool = False
     values: Tensor | None = field(default=None, repr=False, compare=False)
     modes = ("train", "prefill", "chunked prefill")
-    reads = "q, k"
+    reads = "q, k, v"
 
     def __post_init__(self) -> None:
         if not isinstance(self.clusters, SVG2):
@@ -129,13 +138,16 @@ class SVGEAR(Method):
     def lookahead(self) -> str:
         return "prompt"
 
+    def with_values(self, v: Tensor) -> SVGEAR:
+        return replace(self, values=v)
+
     def plan(self, q: Tensor, k: Tensor, view: Visibility, scale: float) -> Plan:
         if not q.shape[2] or not k.shape[2]:
             return Plan((Pass(view),), view)
         at = self.clusters.order().arrange(q, k, view, scale, self.clusters.tile)
         layout = Layout.arranged(at, q, k, view, scale)
         visible = layout.kinds() != NONE
-        scores = MeansError(self.values, self.gamma).score(layout, visible)
+        scores = MeansError(self.values, self.gamma, self.weights_only).score(layout, visible)
         keep = self._route(layout, visible, scores)
         exact = Pass(view, TileMap(keep, at.q_tiling, at.k_tiling), at.q_order, at.k_order)
         rest = (

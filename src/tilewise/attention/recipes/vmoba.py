@@ -107,6 +107,7 @@ class VMoBA(Recipe):
     before: int = 0
     modes = ("train", "prefill")
     reads = "q, k"
+    needs = "a grid of tokens"
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, tuple) or len(self.grid) != 3:

@@ -34,6 +34,9 @@ class Call:
         weights: a dtype that weights are rounded to before they meet the values, relative to their row's largest,
             which becomes the largest number of the dtype; sums are taken of what they were. None: not rounded, or
             as the engine multiplies.
+        lists: int32 or int64 `[B|1, H_l, N_q, K]`, the keys that each query reads, -1 for none and no key twice;
+            H_l is 1, H_kv or H_q, consecutive query heads sharing a list. Limits and positions of the view are then
+            those of the lists, `[B|1, H_l|1, ...]`, and there are no tiles, orders and pages. None: every key.
     """
 
     q: Tensor
@@ -53,6 +56,7 @@ class Call:
     k_scale: Tensor | None = None
     bias_rows: int = 1
     weights: torch.dtype | None = None
+    lists: Tensor | None = None
 
     def gathered(self) -> Call:
         """This call with paged keys and values copied into sequences; the call itself where there are no pages."""
@@ -77,6 +81,8 @@ class Call:
         """Raise ValueError where this call has operands that no gradient flows to."""
         if self.pages is not None:
             raise ValueError("a paged cache takes no gradients")
+        if self.lists is not None:
+            raise ValueError("lists of keys take no gradients")
         if self.q_scale is not None or self.weights is not None or self.bias_rows != 1:
             raise ValueError("quantised attention takes no gradients")
 

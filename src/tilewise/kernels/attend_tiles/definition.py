@@ -34,6 +34,8 @@ def run(call: Call) -> Partial:
     seen = to_heads(call.view.tokens(), heads)
     if call.tiles is not None:
         seen = seen & kept_tokens(call, call.tiles)
+    if call.lists is not None:
+        seen = seen & listed_tokens(call, call.lists)
     scores = scores.masked_fill(~seen, -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)  # rows that see nothing: out 0, lse -inf, gradient 0
     lse = torch.logsumexp(scores.masked_fill(empty, 0), -1).masked_fill(empty[..., 0], -torch.inf)
@@ -52,6 +54,14 @@ def kept_tokens(call: Call, tiles: TileMap) -> Tensor:
     columns = _ids(tiles.k_tiling, call.k.shape[2], call.k_order, call.q)
     rows = keep.gather(2, rows.unsqueeze(3).expand(-1, -1, -1, keep.shape[3]))
     return rows.gather(3, columns.unsqueeze(2).expand(-1, -1, n_q, -1))
+
+
+def listed_tokens(call: Call, lists: Tensor) -> Tensor:
+    """The keys that lists name: bool `[B|1, H, N_q, N_k]`."""
+    n_k = call.k.shape[2]
+    named = torch.zeros(*lists.shape[:3], n_k + 1, dtype=torch.bool, device=lists.device)
+    named.scatter_(3, torch.where(lists < 0, n_k, lists).long(), True)
+    return to_heads(named[..., :n_k], call.q.shape[1])
 
 
 def _ids(tiling: Tiling, n: int, order: Tensor | None, like: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ def refuse(call: Call) -> str | None:
         return "an empty sequence"
     if call.pages is not None:
         return "reads no pages"
+    if call.lists is not None:
+        return "reads no lists of keys"
     if call.q_order is not None or call.k_order is not None:
         return "tiles are cut over tokens in another order"
     if tiles is not None and (tiles.q_tiling.bounds is not None or tiles.k_tiling.bounds is not None):

@@ -8,13 +8,14 @@ extern "C" {
 
 int64_t tilewise_call_words() { return sizeof(Call) / 8; }
 
-int tilewise_bfloat16_products() { return has_bfloat16_products(); }
+int64_t tilewise_bfloat16_products() { return has_bfloat16_products(); }
 
-int tilewise_int8_products() { return has_int8_products(); }
+int64_t tilewise_int8_products() { return has_int8_products(); }
 
 int tilewise_attend_forward(const void* call, char* message, int64_t room) {
   return guarded(message, room, [&] {
     const Call& c = *static_cast<const Call*>(call);
+    if (c.lists) return attend_lists(c);
     if (c.q_scale) return attend_quantised(c);
     by_format(c, [&]<typename S, typename T>() { decodes(c) ? Decode<S, T>::run(c) : Forward<S, T>::run(c); });
   });

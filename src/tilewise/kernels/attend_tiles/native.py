@@ -8,34 +8,23 @@ sums are float32 always.
 from __future__ import annotations
 
 import array
-import ctypes
 import math
 import struct
-import warnings
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tilewise.kernels import building
 from tilewise.kernels.attend_tiles import op
 from tilewise.kernels.attend_tiles.call import Call
+from tilewise.kernels.library import GRID, Library, grid
 from tilewise.tiles import Partial
 
 _HERE = Path(__file__).parent
 SOURCES = [*sorted(_HERE.glob("native*.cpp")), _HERE.parent / "native.h", *sorted(_HERE.glob("native_*.h"))]
-_KINDS = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int64: 3,
-    torch.bool: 4,
-    torch.int32: 5,
-    torch.int8: 6,
-}
-_ABSENT = [0] * 10
+_GRIDS = 25
+LIBRARY = Library("attention", SOURCES, ("tilewise_call_words", GRID * _GRIDS + 9))
 # Queries of a kv head up to which decoding goes by loops, by dtype; `tilewise.attention.measure_flat` sets it anew.
 STREAMED = {torch.float32: 2, torch.bfloat16: 2, torch.float16: 2}
 
@@ -60,49 +49,21 @@ def run(call: Call) -> Partial:
 
 def unavailable() -> str | None:
     """Why there is no native engine on this machine, or None; builds it the first time."""
-    found = _library()
-    return found if isinstance(found, str) else None
+    return LIBRARY.unavailable()
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler with `import tilewise`.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled library, or why there is none, which is also said once as a warning."""
-    try:
-        library = building.load("attention", SOURCES)
-    except building.BuildFailed as reason:
-        warnings.warn(f"tilewise runs without its native engine: {reason}", stacklevel=2)
-        return str(reason)
-    if library.tilewise_call_words() != len(_ABSENT) * _GRIDS + 9:
-        return "the compiled library and this version of Tilewise disagree"  # a wrong build would crash
-    return library
-
-
 def multiplies_bfloat16() -> bool:
     """Whether products run in bfloat16 on this machine; elsewhere bfloat16 is widened to float32 tile by tile."""
-    library = _library()
-    return not isinstance(library, str) and bool(library.tilewise_bfloat16_products())
+    return LIBRARY.asks("tilewise_bfloat16_products")
 
 
 def multiplies_int8() -> bool:
     """Whether products of quantised queries and keys run in integers; elsewhere they are dequantised."""
-    library = _library()
-    return not isinstance(library, str) and bool(library.tilewise_int8_products())
-
-
-_GRIDS = 24
-
-
-def grid(x: Tensor | None) -> list[int]:
-    """A tensor of up to four axes as the library reads it."""
-    if x is None:
-        return _ABSENT
-    size, stride = list(x.shape), list(x.stride())
-    missing = 4 - len(size)
-    return [x.data_ptr(), _KINDS[x.dtype], *size, *[1] * missing, *stride, *[0] * missing]
+    return LIBRARY.asks("tilewise_int8_products")
 
 
 def _words(call: Call, **made: Tensor | None) -> array.array:
@@ -116,7 +77,7 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
     tensors = [call.q, call.k, call.v, view.lo, view.hi, view.pos, view.dense, keep, q_bounds, k_bounds,
                call.q_order, call.k_order, call.bias]  # fmt: skip
     tensors += [made.get(x) for x in ("out", "lse", "d_out", "d_lse", "d_q", "d_k", "d_v", "d_bias")]
-    tensors += [call.pages, call.q_scale, call.k_scale]
+    tensors += [call.pages, call.q_scale, call.k_scale, call.lists]
     words = array.array("q")
     for x in tensors:
         words.extend(grid(x))
@@ -125,14 +86,6 @@ def _words(call: Call, **made: Tensor | None) -> array.array:
     unified = math.nan if call.unified_max is None else call.unified_max
     words.extend(struct.unpack("3q", struct.pack("3d", call.scale, call.softcap or 0.0, unified)))
     return words
-
-
-def call_library(entry: str, words: array.array) -> None:
-    """Run an entry point of the library on its packed arguments; RuntimeError with its message if it fails."""
-    message = ctypes.create_string_buffer(200)
-    address, _ = words.buffer_info()
-    if getattr(_library(), entry)(ctypes.c_void_p(address), message, ctypes.c_int64(len(message))):
-        raise RuntimeError(f"the native engine failed: {message.value.decode(errors='replace')}")
 
 
 def forward(call: Call) -> Partial:
@@ -145,7 +98,7 @@ def forward(call: Call) -> Partial:
     out = call.v.new_empty(b, heads, n_q, call.v.shape[3])
     lse = call.v.new_empty(b, heads, n_q, dtype=torch.float32)
     if out.numel() or lse.numel():
-        call_library("tilewise_attend_forward", _words(call, out=out, lse=lse))
+        LIBRARY.call("tilewise_attend_forward", _words(call, out=out, lse=lse))
     return Partial(out, lse)
 
 
@@ -159,7 +112,7 @@ def backward(
     d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
     if call.q.numel() and call.k.numel():
         made = {"out": result.out, "lse": result.lse, "d_out": d_out.to(call.q.dtype), "d_lse": d_lse.float()}
-        call_library(
+        LIBRARY.call(
             "tilewise_attend_backward", _words(call, **made, d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias)
         )
     else:

@@ -13,7 +13,7 @@ constexpr int64_t FAR = int64_t(1) << 61, HIDDEN = -(int64_t(1) << 62);  // as i
 // Field for field what native.py writes; every number is 64 bits wide.
 struct Call {
   Grid q, k, v, lo, hi, pos, dense, keep, q_bounds, k_bounds, q_order, k_order, bias, out, lse;
-  Grid d_out, d_lse, d_q, d_k, d_v, d_bias, pages, q_scale, k_scale;
+  Grid d_out, d_lse, d_q, d_k, d_v, d_bias, pages, q_scale, k_scale, lists;
   int64_t q_size, k_size, threads;
   int64_t streamed;   // queries of a kv head up to which decoding goes by loops instead of products
   int64_t bias_rows;  // consecutive queries that share a row of the bias
@@ -21,6 +21,8 @@ struct Call {
   double scale, softcap;
   double unified;    // one largest score for all partial softmaxes of decoding (FlashDecoding++); NaN for none
 
+  // With `lists [batch, 1 | kv heads | heads, queries, *]` a query reads the keys that its list names, -1 being none, and
+  // limits and positions are the same for heads that share a list.
   // With `pages [batch, *]`, k and v are pools [pages, kv heads, tokens of a page, depth], and entry j of a batch
   // entry's row says in which page its tokens j * tokens to (j + 1) * tokens - 1 lie.
   int64_t batch() const { return q.size[0]; }

@@ -5,18 +5,12 @@
 
 namespace tilewise {
 
-// Calls work.operator()<S, T>() for the stored format S and the format T of the products.
 template <typename Work>
 void by_format(const Call& c, const Work& work) {
-  switch (c.v.kind) {
-    case FLOAT32: return work.template operator()<float, float>();
-    case FLOAT16: return work.template operator()<Half, float>();
-    default:
-      if (has_bfloat16_products()) return work.template operator()<BFloat16, BFloat16>();
-      return work.template operator()<BFloat16, float>();
-  }
+  by_format(c.v.kind, work);
 }
 
 void attend_quantised(const Call& c);  // native_quantised.cpp
+void attend_lists(const Call& c);      // native_lists.cpp
 
 }  // namespace tilewise

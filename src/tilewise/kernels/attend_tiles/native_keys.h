@@ -65,11 +65,6 @@ struct KeyAxis {
   }
 };
 
-template <typename T>
-int64_t product_depth(int64_t depth) {
-  return sizeof(T) < 4 ? round_up(depth, 4 / sizeof(T)) : depth;
-}
-
 // Rows of chunk `at` of x, in order: [at.width, depth], each `ld` long with zeros behind.
 template <typename S, typename T>
 void chunk_rows(const Call& c, const Grid& x, int64_t b, int64_t kv, const Chunk& at, T* to, int64_t ld) {

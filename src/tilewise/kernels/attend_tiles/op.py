@@ -42,19 +42,19 @@ def pack(call: Call) -> tuple:
         q_size, k_size = tiles.q_tiling.size, tiles.k_tiling.size
     grid = (call.q, call.k, call.v, view.lo, view.hi, view.pos, view.q_pos, view.dense)
     tiled = (keep, q_bounds, k_bounds, q_size, k_size, call.q_order, call.k_order)
-    stored = (call.pages, call.q_scale, call.k_scale)
+    stored = (call.pages, call.lists, call.q_scale, call.k_scale)
     scoring = (float(call.scale), float(call.softcap or 0.0), call.unified_max)
     return (*grid, *tiled, call.bias, call.bias_rows, *stored, *scoring, call.weights, call.need_lse)
 
 
 def unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-           bias, bias_rows, pages, q_scale, k_scale, scale, softcap, unified_max, weights,
+           bias, bias_rows, pages, lists, q_scale, k_scale, scale, softcap, unified_max, weights,
            need_lse) -> Call:  # fmt: skip
     """The Call for the operator's arguments."""
     tiles = None if keep is None else TileMap(keep, Tiling(q_size, q_bounds), Tiling(k_size, k_bounds))
     view = Visibility(lo, hi, pos, q_pos, dense)
     return Call(q, k, v, view, tiles, q_order, k_order, bias, scale, softcap or None, need_lse, pages, unified_max,
-                q_scale, k_scale, bias_rows, weights)  # fmt: skip
+                q_scale, k_scale, bias_rows, weights, lists)  # fmt: skip
 
 
 _FIELDS = (*inspect.signature(unpack).parameters, "engine")
@@ -65,12 +65,12 @@ def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
     keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
     q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, bias_rows: int, pages: Tensor | None,
-    q_scale: Tensor | None, k_scale: Tensor | None, scale: float, softcap: float, unified_max: float | None,
-    weights: torch.dtype | None, need_lse: bool, engine: str,
+    lists: Tensor | None, q_scale: Tensor | None, k_scale: Tensor | None, scale: float, softcap: float,
+    unified_max: float | None, weights: torch.dtype | None, need_lse: bool, engine: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tilewise::attend_tiles`: out and lse of the packed call on the named engine."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-                  bias, bias_rows, pages, q_scale, k_scale, scale, softcap, unified_max, weights,
+                  bias, bias_rows, pages, lists, q_scale, k_scale, scale, softcap, unified_max, weights,
                   need_lse)  # fmt: skip
     out, lse = IMPLEMENTATIONS[engine].forward(call)
     return out, lse
@@ -88,12 +88,12 @@ def attend_tiles_backward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, pos: Tensor, q_pos: Tensor, dense: Tensor | None,
     keep: Tensor | None, q_bounds: Tensor | None, k_bounds: Tensor | None, q_size: int, k_size: int,
     q_order: Tensor | None, k_order: Tensor | None, bias: Tensor | None, bias_rows: int, pages: Tensor | None,
-    q_scale: Tensor | None, k_scale: Tensor | None, scale: float, softcap: float, unified_max: float | None,
-    weights: torch.dtype | None, need_lse: bool, engine: str,
+    lists: Tensor | None, q_scale: Tensor | None, k_scale: Tensor | None, scale: float, softcap: float,
+    unified_max: float | None, weights: torch.dtype | None, need_lse: bool, engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias of the packed call; that of the bias is empty where there is none."""
     call = unpack(q, k, v, lo, hi, pos, q_pos, dense, keep, q_bounds, k_bounds, q_size, k_size, q_order, k_order,
-                  bias, bias_rows, pages, q_scale, k_scale, scale, softcap, unified_max, weights,
+                  bias, bias_rows, pages, lists, q_scale, k_scale, scale, softcap, unified_max, weights,
                   need_lse)  # fmt: skip
     d_q, d_k, d_v, d_bias = IMPLEMENTATIONS[engine].backward(call, Partial(out, lse), d_out, d_lse)
     return d_q, d_k, d_v, q.new_empty(0) if d_bias is None else d_bias

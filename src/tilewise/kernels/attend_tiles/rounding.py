@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.attend_tiles import native
+from tilewise.kernels.library import grid
 
 
 class Fold(NamedTuple):
@@ -75,9 +76,9 @@ def _native(x: Tensor, most: int, fold: Fold, smooth: int, seen: Tensor | None) 
     mean = x.new_empty(b, heads, -(-n // smooth), d, dtype=torch.float32) if smooth else None
     words = array.array("q")
     for tensor in (x, seen, integers, scale, mean):
-        words.extend(native.grid(tensor))
+        words.extend(grid(tensor))
     words.extend((smooth, *fold, most, torch.get_num_threads()))
-    native.call_library("tilewise_round_tokens", words)
+    native.LIBRARY.call("tilewise_round_tokens", words)
     return Rounded(integers, scale, mean)
 
 

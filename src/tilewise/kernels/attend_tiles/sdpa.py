@@ -14,6 +14,8 @@ def refuse(call: Call) -> str | None:
         return "multiplies no quantised operands"
     if call.pages is not None:
         return "reads no pages"
+    if call.lists is not None:
+        return "reads no lists of keys"
     if call.tiles is not None:
         return "computes every tile, the call names some"
     if call.view.simple is None:

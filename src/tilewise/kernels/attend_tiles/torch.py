@@ -14,6 +14,7 @@ from torch import Tensor
 from tilewise.kernels.attend_tiles import op
 from tilewise.kernels.attend_tiles.blocks import Block, Prepared, column_blocks, given, row_blocks
 from tilewise.kernels.attend_tiles.call import Call, rounded
+from tilewise.kernels.attend_tiles.torch_lists import attend_lists
 from tilewise.tiles import Partial, merge
 
 
@@ -30,6 +31,8 @@ def run(call: Call) -> Partial:
 def forward(call: Call) -> Partial:
     """The operator's forward on this engine."""
     call = call.gathered().dequantised()
+    if call.lists is not None:
+        return attend_lists(call, call.lists)
     p = Prepared.of(call)
     out = p.q.new_empty(p.units, p.height, p.v.shape[2])
     lse = p.q.new_full((p.units, p.height), -torch.inf)

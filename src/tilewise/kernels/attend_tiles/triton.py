@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tilewise.kernels.attend_tiles import op
 from tilewise.kernels.attend_tiles.call import Call
+from tilewise.kernels.attend_tiles.lists import by_rows
 from tilewise.kernels.attend_tiles.triton_arguments import (
     Bias,
     Lists,
@@ -91,6 +92,9 @@ def forward(call: Call) -> Partial:
     """The operator's forward on this engine."""
     from tilewise.kernels.attend_tiles.triton_forward import attend
 
+    if call.lists is not None:
+        made, restore = by_rows(call)
+        return restore(forward(made))
     q = call.q
     out = q.new_empty(*q.shape[:3], call.v.shape[3], dtype=stored(q.dtype))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)

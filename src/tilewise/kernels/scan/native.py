@@ -7,25 +7,17 @@ float32.
 
 from __future__ import annotations
 
-import array
-import ctypes
-import struct
-import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tilewise.kernels import building
+from tilewise.kernels.library import KernelLibrary
 from tilewise.kernels.scan import op
 from tilewise.kernels.scan.call import Call
 
-_HERE = Path(__file__).parent
-SOURCES = [*sorted(_HERE.glob("native*.cpp")), _HERE.parent / "native.h", *sorted(_HERE.glob("native_*.h"))]
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}
-_ABSENT = [0] * 10
-_GRIDS = 17
+LIBRARY = KernelLibrary("scan", Path(__file__).parent, tensors=17, numbers=5)
+SOURCES = LIBRARY.sources
 
 
 def refuse(call: Call) -> str | None:
@@ -44,47 +36,18 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
 
 def unavailable() -> str | None:
     """Why there is no native engine on this machine, or None; builds it the first time."""
-    found = _library()
-    return found if isinstance(found, str) else None
+    return LIBRARY.unavailable()
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler with `import tilewise`.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled library, or why there is none, which is also said once as a warning."""
-    try:
-        library = building.load("scan", SOURCES)
-    except building.BuildFailed as reason:
-        warnings.warn(f"tilewise runs without its native engine: {reason}", stacklevel=2)
-        return str(reason)
-    if library.tilewise_scan_words() != len(_ABSENT) * _GRIDS + 5:
-        return "the compiled library and this version of Tilewise disagree"  # a wrong build would crash
-    return library
-
-
-def _grid(x: Tensor | None) -> list[int]:
-    """A tensor of up to four axes as the library reads it."""
-    if x is None:
-        return _ABSENT
-    missing = 4 - x.ndim
-    return [x.data_ptr(), _KINDS[x.dtype], *x.shape, *[1] * missing, *x.stride(), *[0] * missing]
-
-
 def _call_library(entry: str, call: Call, *made: Tensor | None) -> None:
-    """Run an entry point on the call and the tensors `made` for it; RuntimeError with its message if it fails."""
-    words = array.array("q")
-    for x in (call.q, call.k, call.v, call.decay, call.beta, call.state, call.offsets, *made):
-        words.extend(_grid(x))
-    words.extend(_ABSENT * (_GRIDS - len(words) // len(_ABSENT)))
-    words.extend((torch.get_num_threads(), call.rule == "delta", call.by_channel, call.chunk or 0))
-    words.extend(struct.unpack("q", struct.pack("d", call.scale)))
-    message = ctypes.create_string_buffer(200)
-    address, _ = words.buffer_info()
-    if getattr(_library(), entry)(ctypes.c_void_p(address), message, ctypes.c_int64(len(message))):
-        raise RuntimeError(f"the native engine failed: {message.value.decode(errors='replace')}")
+    """Run an entry point on the call and the tensors `made` for it, in the order of native_call.h."""
+    tensors = (call.q, call.k, call.v, call.decay, call.beta, call.state, call.offsets, *made)
+    settings = (torch.get_num_threads(), int(call.rule == "delta"), int(call.by_channel), call.chunk or 0)
+    LIBRARY.run(entry, tensors, *settings, float(call.scale))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -93,7 +56,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out = (call.q.new_empty if call.offsets is None else call.q.new_zeros)(*call.q.shape[:3], call.v.shape[3])
     after = call.q.new_empty(call.state_shape(), dtype=torch.float32)
     if after.numel() or out.numel():
-        _call_library("tilewise_scan_forward", call, out, after)
+        _call_library("forward", call, out, after)
     return out, after
 
 
@@ -105,7 +68,7 @@ def backward(call: Call, d_out: Tensor, d_state: Tensor) -> op.Gradients:
     ]
     d_first = None if call.state is None else call.state.new_empty(call.state.shape)
     if call.q.numel() or call.state is not None:
-        _call_library("tilewise_scan_backward", call, None, None, d_out, d_state, *made, d_first)
+        _call_library("backward", call, None, None, d_out, d_state, *made, d_first)
     d_q, d_k, d_v, d_decay, d_beta = made
     return d_q, d_k, d_v, d_decay, d_beta, d_first  # type: ignore[return-value]
 

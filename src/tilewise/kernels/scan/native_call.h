@@ -3,10 +3,6 @@
 
 #include "../native.h"
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
-
 namespace tilewise {
 
 constexpr int64_t TILE = 64;  // tokens worked on at a time
@@ -79,21 +75,5 @@ void store_rows(const float* from, int64_t ld, int64_t n, int64_t columns, float
     for (int64_t j = 0; j < columns; ++j) put(to[j * x.stride[3]], factor * from[j]);
   }
 }
-
-// While it lives, this thread takes numbers that float32 holds only with fewer bits for 0: decays that fade out make
-// many of them, and processors that work on them slowly are common.
-class FlushSubnormals {
- public:
-#if defined(__SSE__)
-  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#else
-  FlushSubnormals() {}
-  ~FlushSubnormals() {}
-#endif
-};
 
 }  // namespace tilewise

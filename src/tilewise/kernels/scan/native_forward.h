@@ -143,7 +143,10 @@ template <typename S>
 void run_steps(const Scan& c, const Lane& at) {
   thread_local Buffer memory[4];
   const int64_t depth = c.depth(), wide = round_up(at.columns, LANES);
-  float* state = memory[0].take<float>(depth * wide);
+  // Where the new state's rows are as long as its registers want, it is worked on in its place.
+  const Grid& to = c.after;
+  const bool in_place = at.columns == wide && to.stride[3] == 1 && to.stride[2] == wide;
+  float* state = in_place ? row<float>(to, at.sequence, at.head, 0) : memory[0].take<float>(depth * wide);
   float* rows = memory[1].take<float>((3 + c.group()) * round_up(depth, LANES));
   float* sums = memory[2].take<float>((2 + c.group()) * wide);
   const int64_t ld = round_up(depth, LANES);
@@ -179,7 +182,7 @@ void run_steps(const Scan& c, const Lane& at) {
     for (int64_t g = 0; g < c.group(); ++g)
       store_rows<S>(out + g * wide, wide, 1, at.columns, 1.f, c.out, at.b, at.head * c.group() + g, t, at.column);
   }
-  store_state(state, wide, c.after, at);
+  if (!in_place) store_state(state, wide, c.after, at);
 }
 
 template <typename S>
