@@ -7,25 +7,18 @@ bfloat16 or float16; products and sums are float32.
 
 from __future__ import annotations
 
-import array
-import ctypes
-import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tilewise.kernels import building
 from tilewise.kernels.gated_rnn import op, tiling
 from tilewise.kernels.gated_rnn.call import KINDS, Call
+from tilewise.kernels.library import KernelLibrary
 
-_HERE = Path(__file__).parent
-SOURCES = [*sorted(_HERE.glob("native*.cpp")), _HERE.parent / "native.h", *sorted(_HERE.glob("native_*.h"))]
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3, torch.bool: 4}
+LIBRARY = KernelLibrary("gated_rnn", Path(__file__).parent, tensors=15, numbers=7)
+SOURCES = LIBRARY.sources
 _NETWORKS = {kind: number for number, kind in enumerate(KINDS)}
-_ABSENT = [0] * 10
-_GRIDS = 15
 
 
 def refuse(call: Call) -> str | None:
@@ -44,58 +37,32 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
 
 def unavailable() -> str | None:
     """Why there is no native engine on this machine, or None; builds it the first time."""
-    found = _library()
-    return found if isinstance(found, str) else None
+    return LIBRARY.unavailable()
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler with `import tilewise`.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled library, or why there is none, which is also said once as a warning."""
-    try:
-        library = building.load("gated_rnn", SOURCES)
-    except building.BuildFailed as reason:
-        warnings.warn(f"tilewise runs without its native engine: {reason}", stacklevel=2)
-        return str(reason)
-    if library.tilewise_gated_rnn_words() != len(_ABSENT) * _GRIDS + 7:
-        return "the compiled library and this version of Tilewise disagree"  # a wrong build would crash
-    return library
-
-
-def _grid(x: Tensor | None) -> list[int]:
-    """A tensor as the library reads it: its first four axes."""
-    if x is None:
-        return _ABSENT
-    missing = 4 - x.ndim
-    shape, strides = x.shape[:4], x.stride()[:4]
-    return [x.data_ptr(), _FORMATS[x.dtype], *shape, *[1] * missing, *strides, *[0] * missing]
-
-
-def _unit(x: Tensor | None) -> Tensor | None:
-    """The same numbers with those of the last axis beside one another."""
+def _rows(x: Tensor | None) -> Tensor | None:
+    """The same numbers with those of the last axis beside one another, as the library takes them."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _call_library(entry: str, call: Call, *made: Tensor | None) -> None:
-    """Run an entry point on the call and the tensors `made` for it; RuntimeError with its message if it fails."""
-    units = [_unit(x) for x in (call.wx, call.bias, call.state, *made)]  # copies live until the call is over
-    words = array.array("q")
-    for x in (units[0], call.R, *units[1:3], call.mask, call.offsets, *units[3:]):
-        words.extend(_grid(x))
-    words.extend(_ABSENT * (_GRIDS - len(words) // len(_ABSENT)))
-    tiles = tiling.tile_sizes(
-        call.sequences, call.wx.shape[1], KINDS[call.kind].gates, call.wx.shape[4], torch.get_num_threads(),
-        2 if call.wx.dtype == torch.bfloat16 else 4,
-    )  # fmt: skip
-    words.extend((_NETWORKS[call.kind], call.wx.shape[4], torch.get_num_threads()))
-    words.extend((tiles.rows, tiles.team, tiles.parts, tiles.depth))
-    message = ctypes.create_string_buffer(200)
-    address, _ = words.buffer_info()
-    if getattr(_library(), entry)(ctypes.c_void_p(address), message, ctypes.c_int64(len(message))):
-        raise RuntimeError(f"the native engine failed: {message.value.decode(errors='replace')}")
+def _four(x: Tensor | None) -> Tensor | None:
+    """The first four of five axes, in the same memory; the library knows how long the fifth is."""
+    return x if x is None or x.ndim < 5 else x.select(4, 0)
+
+
+def _run(entry: str, call: Call, *made: Tensor | None) -> None:
+    """Run an entry point on the call and the tensors `made` for it."""
+    given = (_rows(call.wx), call.R, _rows(call.bias), _rows(call.state), call.mask, call.offsets)
+    whole = [*given, *(_rows(x) for x in made)]  # copies live until the call is over
+    heads, width, threads = call.wx.shape[1], call.wx.shape[4], torch.get_num_threads()
+    size = 2 if call.wx.dtype == torch.bfloat16 else 4
+    cut = tiling.tile_sizes(call.sequences, heads, KINDS[call.kind].gates, width, threads, size)
+    sizes = (_NETWORKS[call.kind], width, threads, cut.rows, cut.team, cut.parts, cut.depth)
+    LIBRARY.run(entry, [_four(x) for x in whole], *sizes)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +73,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     after = call.wx.new_empty(call.state_shape(), dtype=torch.float32)
     kept = call.wx.new_empty(call.kept_shape(), dtype=torch.float32)
     if after.numel() or out.numel():
-        _call_library("tilewise_gated_rnn_forward", call, out, after, kept if call.keep else None)
+        _run("forward", call, out, after, kept if call.keep else None)
     return out, after, kept
 
 
@@ -115,11 +82,8 @@ def backward(call: Call, kept: Tensor, d_out: Tensor | None, d_after: Tensor | N
     d_wx, d_R = op.new_gradient(call.wx), call.R.new_empty(call.R.shape)
     if call.offsets is not None:
         d_wx.zero_()
-    d_bias = None if call.bias is None else call.bias.new_empty(call.bias.shape)
-    d_state = None if call.state is None else call.state.new_empty(call.state.shape)
-    _call_library(
-        "tilewise_gated_rnn_backward", call, None, None, kept, d_out, d_after, d_wx, d_R, d_bias, d_state
-    )
+    d_bias, d_state = (None if x is None else x.new_empty(x.shape) for x in (call.bias, call.state))
+    _run("backward", call, None, None, kept, d_out, d_after, d_wx, d_R, d_bias, d_state)
     return d_wx, d_R, d_bias, d_state
 
 

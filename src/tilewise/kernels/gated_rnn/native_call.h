@@ -8,9 +8,6 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
 namespace tilewise {
 
@@ -152,20 +149,5 @@ void for_own_jobs(const Worker& worker, int64_t jobs, std::atomic<int64_t>& next
     for (int64_t job = worker.group; job < jobs; job += worker.groups) work(job);
   }
 }
-
-// While it lives, this thread takes numbers that float32 holds only with fewer bits for 0: closed gates make many.
-class FlushSubnormals {
- public:
-#if defined(__SSE__)
-  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#else
-  FlushSubnormals() {}
-  ~FlushSubnormals() {}
-#endif
-};
 
 }  // namespace tilewise

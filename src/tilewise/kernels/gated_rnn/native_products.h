@@ -20,25 +20,33 @@ inline Floats load_vector(const BFloat16* from) {
   return same_bits<Floats>(__builtin_convertvector(load<HalfWords>(from), Words) << 16);
 }
 
-// c [M, V vectors] (+)= a b: a's row i and column p at a[i * row + p * step], b's row p at b + p * ldb. What is there
-// is added last: begun with it, every sum would be rounded to its size.
+// c [M, V vectors] (+)= a b: a's row i and column p at a[i * row + p * step], b's row p at b + p * ldb.
+//
+// Sums are begun anew after TERMS terms and added up apart, and what is there is added last: one sum over a whole row is
+// rounded to its growing size each time, which over 96 terms cost 2.6 times the error of PyTorch's product.
+constexpr int64_t TERMS = 32;
+
 template <int64_t M, int64_t V, typename W>
 void multiply(int64_t depth, const float* a, int64_t row, int64_t step, const W* b, int64_t ldb, float* c, int64_t ldc,
               bool add) {
-  Floats sums[M][V] = {};
-  for (int64_t p = 0; p < depth; ++p, a += step, b += ldb) {
-    Floats right[V];
-    for (int64_t v = 0; v < V; ++v) right[v] = load_vector(b + v * LANES);
-    for (int64_t i = 0; i < M; ++i) {
-      const float left = a[i * row];
-      for (int64_t v = 0; v < V; ++v) sums[i][v] += left * right[v];
+  do {
+    Floats sums[M][V] = {};
+    for (int64_t p = std::min(depth, TERMS); p > 0; --p, a += step, b += ldb) {
+      Floats right[V];
+      for (int64_t v = 0; v < V; ++v) right[v] = load_vector(b + v * LANES);
+      for (int64_t i = 0; i < M; ++i) {
+        const float left = a[i * row];
+        for (int64_t v = 0; v < V; ++v) sums[i][v] += left * right[v];
+      }
     }
-  }
-  for (int64_t i = 0; i < M; ++i)
-    for (int64_t v = 0; v < V; ++v) {
-      float* to = c + i * ldc + v * LANES;
-      store(to, add ? load<Floats>(to) + sums[i][v] : sums[i][v]);
-    }
+    for (int64_t i = 0; i < M; ++i)
+      for (int64_t v = 0; v < V; ++v) {
+        float* to = c + i * ldc + v * LANES;
+        store(to, add ? load<Floats>(to) + sums[i][v] : sums[i][v]);
+      }
+    add = true;
+    depth -= TERMS;
+  } while (depth > 0);
 }
 
 template <typename W>

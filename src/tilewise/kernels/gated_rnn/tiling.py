@@ -63,7 +63,8 @@ def problem(
     p = Problem()
     sequences, vectors = max(1, sequences), -(-width // processor.lanes)
     units = vectors * processor.lanes
-    rows = p.variable("rows", range(1, min(sequences, MOST_ROWS) + 1))
+    evenly = {-(-sequences // blocks) for blocks in range(1, sequences + 1)}  # no rows more than blocks need
+    rows = p.variable("rows", [rows for rows in evenly if rows <= MOST_ROWS])
     team = p.variable("team", range(1, threads + 1))
     groups = p.variable("groups", range(1, threads + 1))
     parts = p.variable("parts", range(1, min(sequences, threads) + 1))
