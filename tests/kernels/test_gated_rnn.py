@@ -344,7 +344,8 @@ def test_compiled_whole_with_few_recompilations(engine, monkeypatch):
 
 @every_engine
 def test_nothing_is_kept_where_no_gradient_is_wanted(engine):
-    """What the backward pass needs is six numbers for each unit and token; without it, outputs and steps alone."""
+    """What the backward pass needs is six numbers for each unit and token; without it, outputs and steps
+    alone."""
     call = make(batch=2, n=400, d=64)
     largest, _ = allocations(lambda: gated_rnn(call, engine))
     assert largest <= 2 * call.new_out().numel() * 4

@@ -1,4 +1,4 @@
-"""Gated networks whose recurrence is not linear, in heads that do not see each other: Elman, LSTM, GRU and sLSTM.
+"""Networks whose gates read their own last output, in heads: Elman, LSTM, GRU and sLSTM.
 
 The kernel after FlashRNN (Pöppel et al., 2024, arXiv 2412.07752). `Call` is what engines receive;
 `gated_rnn` chooses an engine.

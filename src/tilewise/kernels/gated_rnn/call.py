@@ -13,8 +13,8 @@ PAD = 16  # what is kept for the backward pass has rows of a multiple of so many
 
 
 class Kind(NamedTuple):
-    """Sizes of a kind of network: `gates` of its inputs, `parts` of its state, and how many numbers a unit keeps of
-    each token for the backward pass."""
+    """Sizes of a kind of network: `gates` of its inputs, `parts` of its state, and how many numbers a unit
+    keeps of each token for the backward pass."""
 
     gates: int
     parts: tuple[str, ...]
@@ -47,9 +47,10 @@ class Call:
     Args:
         wx: `[B, H, N, G, d]`, any strides; the gates are (z), (i, f, z, o), (r, z, n) and (i, f, z, o).
         R: `[H, G, d, d]`, row j of R[h, g] being that of unit j; bias: `[H, G, d]` or None.
-        state: `[S, H, P, d]` before the first token, its parts (h), (h, c), (h) and (h, c, n, m); None = zeros.
+        state: `[S, H, P, d]` before the first token, its parts (h), (h, c), (h) and (h, c, n, m); None
+            is zeros.
         mask: bool `[B, N]`, False for tokens that are passed over: no state changes and the output is 0.
-        offsets: int64 `[S + 1]` for packed sequences (B is then 1); None: every batch entry is a sequence, S = B.
+        offsets: int64 `[S + 1]` for packed sequences (B is then 1); None: every batch entry is one, S = B.
         kind: one of KINDS. keep: whether a backward pass will follow.
 
     wx, R and bias have one dtype; the state is float32, float64 when they are.
@@ -84,7 +85,8 @@ class Call:
         return (b, n, heads, KINDS[self.kind].kept, -(-d // PAD) * PAD) if self.keep else (0,)
 
     def new_out(self) -> Tensor:
-        """For the outputs `[B, H, N, d]`; in memory the heads of a token lie together, as the layer after wants."""
+        """For the outputs `[B, H, N, d]`; in memory the heads of a token lie together, as the layer after
+        wants."""
         b, heads, n, _, d = self.wx.shape
         return self.wx.new_empty(b, n, heads, d).transpose(1, 2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,4 +67,9 @@ def _slstm(x, r, h, c, n, m):
     return o.sigmoid() * c / n, c, n, peak
 
 
-STEPS = {"elman": _elman, "lstm": _lstm, "gru": _gru, "slstm": _slstm}
+STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "elman": _elman,
+    "lstm": _lstm,
+    "gru": _gru,
+    "slstm": _slstm,
+}

@@ -1,9 +1,9 @@
-"""Constraints over integers: a small solver for tile sizes, after FlashRNN's ConstrINT (Pöppel et al., 2024).
+"""Constraints over integers: a small solver for tile sizes, after ConstrINT (FlashRNN, Pöppel et al., 2024).
 
-Terms are sums of products of variables with coefficients that are not negative. Constraints are `left <= right` and
-`divisor | dividend`. Domains are narrowed until nothing changes: of an inequality a value stays only if the least
-of the left can still lie below the most of the right; of a divisibility, only if some values of the others fit.
-The search then splits the smallest domain.
+Terms are sums of products of variables with coefficients that are not negative. Constraints are `left <=
+right` and `divisor | dividend`. Domains are narrowed until nothing changes: of an inequality a value stays
+only if the least of the left can still lie below the most of the right; of a divisibility, only if some
+values of the others fit. The search then splits the smallest domain.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Domains = dict[str, tuple[int, ...]]
-ENUMERATED = (
-    4096  # combinations that a divisibility looks through; with more it waits until domains are smaller
-)
+# Combinations that a divisibility looks through; with more it waits until domains are smaller.
+ENUMERATED = 4096
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ class Problem:
         self.divisions.append((_term(divisor), _term(dividend)))
 
     def narrowed(self, domains: Domains | None = None) -> Domains | None:
-        """Domains without values that no solution has, as far as the constraints tell one by one; None if one is
-        empty."""
+        """Domains without values that no solution has, as far as the constraints tell one by one; None if one
+        is empty."""
         now = dict(self.domains if domains is None else domains)
         changed = True
         while changed:
@@ -116,8 +115,8 @@ class Problem:
             yield from self.solutions({**now, name: (value,)})
 
     def best(self, cost: Callable[[Mapping[str, int]], float]) -> dict[str, int]:
-        """The solution of least cost; of equal ones the one with the smallest values. Raises ValueError if there is
-        none."""
+        """The solution of least cost; of equal ones the one with the smallest values. Raises ValueError if
+        there is none."""
         found = min(self.solutions(), key=lambda s: (cost(s), sorted(s.items())), default=None)
         if found is None:
             raise ValueError(f"no values of {', '.join(self.domains)} meet all constraints")

@@ -1,8 +1,8 @@
 """The native engine: C++ for CPUs, compiled on first use (see `tilewise.kernels.building`).
 
-R is packed once and stays in the caches for a whole sequence. Heads and blocks of sequences go to threads; where
-these are too few, threads share a block, each with units of its own (`tiling` chooses). Inputs are float32,
-bfloat16 or float16; products and sums are float32.
+R is packed once and stays in the caches for a whole sequence. Heads and blocks of sequences go to threads;
+where these are too few, threads share a block, each with units of its own (`tiling` chooses). Inputs are
+float32, bfloat16 or float16; products and sums are float32.
 """
 
 from __future__ import annotations

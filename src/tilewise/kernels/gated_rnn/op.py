@@ -19,8 +19,9 @@ Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 class Implementation(NamedTuple):
     """What an engine registers; both take a Call whose tensors need no gradient.
 
-    `forward` gives outputs, final states and what it keeps. `backward` gets that, and the gradients of outputs and
-    final states, either of which may be None; it gives those of wx, R, bias and state, None for what is not there.
+    `forward` gives outputs, final states and what it keeps. `backward` gets that, and the gradients of
+    outputs and final states, either of which may be None; it gives those of wx, R, bias and state, None for
+    what is not there.
     """
 
     forward: Callable[[Call], tuple[Tensor, Tensor, Tensor]]
@@ -43,10 +44,11 @@ def run(call: Call, engine: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("tilewise::gated_rnn", mutates_args=())
 def gated_rnn(
-    wx: Tensor, R: Tensor, bias: Tensor | None, state: Tensor | None, mask: Tensor | None, offsets: Tensor | None,
-    kind: str, keep: bool, engine: str,
+    wx: Tensor, R: Tensor, bias: Tensor | None, state: Tensor | None, mask: Tensor | None,
+    offsets: Tensor | None, kind: str, keep: bool, engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`tilewise::gated_rnn`: outputs, final states and what is kept for the backward pass, on the named engine."""
+    """`tilewise::gated_rnn`: outputs, final states and what is kept for the backward pass, on the named
+    engine."""
     return IMPLEMENTATIONS[engine].forward(Call(wx, R, bias, state, mask, offsets, kind, keep))
 
 
@@ -60,8 +62,8 @@ def _(wx, R, bias, state, mask, offsets, kind, keep, engine):
 @torch.library.custom_op("tilewise::gated_rnn_backward", mutates_args=())
 def gated_rnn_backward(
     d_out: Tensor | None, d_after: Tensor | None, kept: Tensor,
-    wx: Tensor, R: Tensor, bias: Tensor | None, state: Tensor | None, mask: Tensor | None, offsets: Tensor | None,
-    kind: str, engine: str,
+    wx: Tensor, R: Tensor, bias: Tensor | None, state: Tensor | None, mask: Tensor | None,
+    offsets: Tensor | None, kind: str, engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of wx, R, bias and state; empty for those that are not there."""
     call = Call(wx, R, bias, state, mask, offsets, kind, True)
@@ -77,8 +79,8 @@ def _(d_out, d_after, kept, wx, R, bias, state, mask, offsets, kind, engine):
 
 
 def new_gradient(wx: Tensor) -> Tensor:
-    """For the gradient of wx `[B, H, N, G, d]`; in memory the heads of a token lie together, as a projection gives
-    them."""
+    """For the gradient of wx `[B, H, N, G, d]`; in memory the heads of a token lie together, as a projection
+    gives them."""
     b, heads, n, gates, d = wx.shape
     return wx.new_empty(b, n, heads, gates, d).transpose(1, 2)
 

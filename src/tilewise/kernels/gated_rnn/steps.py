@@ -1,8 +1,8 @@
 """One token of each kind of network, forward and backward, as the torch engine runs it.
 
-`forward(x, r, state)` gets inputs and recurrent sums of each gate and gives the new state and what is kept of the
-token; `backward(kept, before, d_state)`, with the output before the token, gives gradients of inputs, of recurrent
-sums, and of the state before the token up to what reaches it through the recurrent sums.
+`forward(x, r, state)` gets inputs and recurrent sums of each gate and gives the new state and what is kept of
+the token; `backward(kept, before, d_state)`, with the output before the token, gives gradients of inputs, of
+recurrent sums, and of the state before the token up to what reaches it through the recurrent sums.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ class Tiles:
 class Processor:
     """What costs are counted with: bytes of the caches of a core and of all, and cycles.
 
-    Measured on one AVX-512 machine: a packed R came from the second cache at 28 bytes a cycle. The other rates, the
-    cycles that a vector of units takes of a token (95 measured alone, near 290 in place) and those of a meeting of
-    threads are guesses that still have to be calibrated.
+    Measured on one AVX-512 machine: a packed R came from the second cache at 28 bytes a cycle. The other
+    rates, the cycles that a vector of units takes of a token (95 measured alone, near 290 in place) and those
+    of a meeting of threads are guesses that still have to be calibrated.
     """
 
     first: int
@@ -125,7 +125,8 @@ def tile_sizes(
     size: int = 4,
     processor: Processor | None = None,
 ) -> Tiles:
-    """The cut that costs least, for `sequences` of `heads` with `gates` of `width` units, on `threads` threads.
+    """The cut that costs least, for `sequences` of `heads` with `gates` of `width` units, on `threads`
+    threads.
 
     `size` is that of a number of R in bytes; `processor` None is this machine's.
     """

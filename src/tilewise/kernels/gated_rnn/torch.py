@@ -69,7 +69,7 @@ def backward(call: Call, kept: Tensor, d_out: Tensor | None, d_after: Tensor | N
             made[0] = made[0] + rows.take(d_out, t)
         x, r, made = step(own, before, made)
         seen = rows.seen(t)
-        by_x, by_r = torch.stack(x, 2), torch.stack(r, 2)  # [h, s, g, d]
+        by_x, by_r = torch.stack(list(x), 2), torch.stack(list(r), 2)  # [h, s, g, d]
         if seen is not None:  # what was kept of tokens that are passed over may be anything
             by_x, by_r = (torch.where(seen.unsqueeze(2), y, 0) for y in (by_x, by_r))
             before = torch.where(seen, before, 0)
