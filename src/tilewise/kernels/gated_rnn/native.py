@@ -7,6 +7,7 @@ float32, bfloat16 or float16; products and sums are float32.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,7 +84,8 @@ def backward(call: Call, kept: Tensor, d_out: Tensor | None, d_after: Tensor | N
     if call.offsets is not None:
         d_wx.zero_()
     d_bias, d_state = (None if x is None else x.new_empty(x.shape) for x in (call.bias, call.state))
-    _run("backward", call, None, None, kept, d_out, d_after, d_wx, d_R, d_bias, d_state)
+    sized = replace(call, wx=d_wx)  # the call's own wx has no content and no strides
+    _run("backward", sized, None, None, kept, d_out, d_after, d_wx, d_R, d_bias, d_state)
     return d_wx, d_R, d_bias, d_state
 
 

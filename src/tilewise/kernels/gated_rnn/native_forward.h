@@ -74,7 +74,7 @@ class Forward {
   Forward(const Rnn& c, const Worker& worker, const Block& block, const ForwardBench<S>& bench)
       : c_(c), w_(worker), block_(block), bench_(bench), first_(worker.first(c.vectors())),
         last_(worker.last(c.vectors())), right_(bench.right + block.head * N::GATES * c.padded() * c.width),
-        bias_(bench.bias + block.head * N::GATES * c.padded()) {}
+        bias_(bench.bias + block.head * N::GATES * c.padded()), streams_(c.streams()) {}
 
   void run() {
     for (int64_t row = 0; row < block_.rows; ++row)
@@ -89,6 +89,7 @@ class Forward {
       step(t, block_.live(t));
       w_.wait();
     }
+    if (streams_) end_streams();
   }
 
  private:
@@ -123,7 +124,7 @@ class Forward {
     if (c_.is_passed_over(at.b, place)) {
       store_units(Floats{}, out, count);
     } else {
-      Floats x[N::GATES], r[N::GATES], keep[N::KEPT];
+      Floats x[N::GATES], r[N::GATES], keep[N::KEPT + 1];
       const S* from = units_of<const S>(c_.wx, at.b, head, place, v);
       for (int64_t g = 0; g < N::GATES; ++g) {
         x[g] = load_units(from + g * c_.wx.stride[3], count);
@@ -136,8 +137,11 @@ class Forward {
       for (int64_t p = 1; p < N::PARTS; ++p) store(part(row, p) + v * LANES, s[p]);
       if (c_.kept) {
         float* to = kept_of(c_, at.b, head, place, v);
-        for (int64_t k = 0; k < N::KEPT; ++k) store(to + k * c_.kept_width(), keep[k]);
-        store(to + N::KEPT * c_.kept_width(), h);
+        keep[N::KEPT] = h;
+        for (int64_t k = 0; k <= N::KEPT; ++k, to += c_.kept_width()) {
+          if (streams_) stream(to, keep[k]);
+          else store(to, keep[k]);
+        }
       }
     }
     store(bench_.h[(t + 1) & 1] + row * bench_.ldh + v * LANES, s[0]);
@@ -152,6 +156,7 @@ class Forward {
   int64_t first_, last_;
   const Packed<S>* right_;
   const float* bias_;
+  const bool streams_;
 };
 
 template <typename N, typename S>

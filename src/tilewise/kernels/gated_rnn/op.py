@@ -21,7 +21,7 @@ class Implementation(NamedTuple):
 
     `forward` gives outputs, final states and what it keeps. `backward` gets that, and the gradients of
     outputs and final states, either of which may be None; it gives those of wx, R, bias and state, None for
-    what is not there.
+    what is not there. Its call's wx has the right size and dtype but no content.
     """
 
     forward: Callable[[Call], tuple[Tensor, Tensor, Tensor]]
@@ -87,9 +87,10 @@ def new_gradient(wx: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    *tensors, ctx.kind, keep, ctx.engine = inputs
+    wx, *tensors, ctx.kind, keep, ctx.engine = inputs
     ctx.kept_any = keep
-    ctx.save_for_backward(output[2], *tensors)
+    # Of wx only the size is asked for again; holding it would cost two thirds as much as all that is kept.
+    ctx.save_for_backward(output[2], wx.new_empty(()).expand(wx.shape), *tensors)
 
 
 def _backward(ctx, d_out, d_after, _):

@@ -101,12 +101,21 @@ def cost(
     own = matrix * size
     passes = -(-rows // processor.high)
     arithmetic = rows * matrix / processor.lanes
-    through = max(arithmetic, passes * own / processor.rate(own))
+    columns = (
+        4 * processor.lanes * units * size
+    )  # that are worked on together, of one product; `gates` times of both
+
+    def through(near: int) -> float:
+        """A product of all rows: R comes from where it lies, and again for every further pass from nearer."""
+        again = (passes - 1) * own / processor.rate(min(near, own))
+        return max(arithmetic, own / processor.rate(own) + again)
+
     ring = depth * (gates * mine + units) * 4
     gathering = arithmetic + rows * 8 * matrix / depth / processor.rate(4 * matrix)
     gathering += 2 * rows * (gates * mine + units) * 4 / processor.rate(ring)
     block = (
-        2 * through
+        through(columns)
+        + through(gates * columns)
         + gathering
         + 2 * rows * share * processor.unit
         + (2 * processor.meeting if team > 1 else 0)
