@@ -61,6 +61,7 @@ def wrong(problem: Problem) -> str | None:
     return f"narrowing lost values of {lost}" if lost else None
 
 
+@pytest.mark.evidence
 def test_all_solutions_are_found_and_no_others():
     """Of 150 drawn problems, of which both kinds, with solutions and without, come often."""
     rng = random.Random(0)
@@ -129,6 +130,7 @@ SMALL = Processor(first=4 << 10, second=32 << 10, third=256 << 10)
 CALLS = [(1, 1, 4, 16, 1), (9, 1, 4, 40, 2), (6, 3, 3, 32, 4), (30, 2, 1, 100, 3), (12, 8, 4, 24, 2)]
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize("call", CALLS)
 def test_the_chosen_cut_is_the_cheapest_that_fits(call):
     """Every cut tried one by one, on a machine with small caches, so that constraints bind."""

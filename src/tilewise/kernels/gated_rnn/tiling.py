@@ -101,9 +101,7 @@ def cost(
     own = matrix * size
     passes = -(-rows // processor.high)
     arithmetic = rows * matrix / processor.lanes
-    columns = (
-        4 * processor.lanes * units * size
-    )  # that are worked on together, of one product; `gates` times of both
+    columns = 4 * processor.lanes * units * size  # of R, that are worked on together; the backward pass has all gates'
 
     def through(near: int) -> float:
         """A product of all rows: R comes from where it lies, and again for every further pass from nearer."""
