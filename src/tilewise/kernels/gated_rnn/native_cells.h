@@ -44,11 +44,16 @@ inline Floats sigmoid_of(Floats x) {
   return 1.f / (1.f + (p.scale + p.scale * p.rest));
 }
 
-// (e^2x - 1) / (e^2x + 1), exact near 0 as well.
+// (e^2a - 1) / (e^2a + 1) with a = |x|, exact near 0 as well; from where that is a half on as 1 - 2 / (e^2a + 1), which
+// rounds half as much.
 inline Floats tanh_of(Floats x) {
-  const Power p = power_of(clamp(2.f * x, -20.f, 20.f));
+  const Words sign = same_bits<Words>(x) & 0x80000000u;
+  const Floats twice = 2.f * same_bits<Floats>(same_bits<Words>(x) ^ sign);
+  const Power p = power_of(twice > 20.f ? Floats{} + 20.f : twice);  // NaN stays NaN
   const Floats less = p.scale * p.rest + (p.scale - 1.f);
-  return less / (less + 2.f);
+  const Floats part = (twice > 1.1f ? Floats{} + 2.f : less) / (less + 2.f);
+  const Floats size = twice > 1.1f ? 1.f - part : part;
+  return same_bits<Floats>(same_bits<Words>(size) | sign);
 }
 
 // log(sigmoid(x)), and sigmoid(-x).
@@ -105,7 +110,7 @@ struct Gru {
     const Floats reset = sigmoid_of(x[0] + r[0]), update = sigmoid_of(x[1] + r[1]);
     const Floats made = tanh_of(x[2] + reset * r[2]);
     keep[0] = reset, keep[1] = update, keep[2] = made, keep[3] = r[2];
-    s[0] = made + update * (s[0] - made);
+    s[0] = (1.f - update) * made + update * s[0];
   }
   static void backward(const Floats* kept, Floats before, Floats* d, Floats* d_x, Floats* d_r) {
     const Floats reset = kept[0], update = kept[1], made = kept[2], read = kept[3];

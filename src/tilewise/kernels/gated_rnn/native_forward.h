@@ -123,6 +123,8 @@ class Forward {
     S* out = units_of<S>(c_.out, at.b, head, place, v);
     if (c_.is_passed_over(at.b, place)) {
       store_units(Floats{}, out, count);
+      for (int64_t k = 0; k <= N::KEPT && c_.kept; ++k)
+        store(kept_of(c_, at.b, head, place, v) + k * c_.kept_width(), Floats{});
     } else {
       Floats x[N::GATES], r[N::GATES], keep[N::KEPT + 1];
       const S* from = units_of<const S>(c_.wx, at.b, head, place, v);

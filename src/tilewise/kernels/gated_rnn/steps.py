@@ -66,7 +66,7 @@ def _lstm_back(kept, before, d_state):
 def _gru(x, r, state):
     reset, update = (x[0] + r[0]).sigmoid(), (x[1] + r[1]).sigmoid()
     new = (x[2] + reset * r[2]).tanh()
-    return (new + update * (state[0] - new),), (reset, update, new, r[2])
+    return ((1 - update) * new + update * state[0],), (reset, update, new, r[2])
 
 
 def _gru_back(kept, before, d_state):

@@ -34,9 +34,9 @@ class Tiles:
 class Processor:
     """What costs are counted with: bytes of the caches of a core and of all, and cycles.
 
-    Measured on one AVX-512 machine: a packed R came from the second cache at 28 bytes a cycle. The other
-    rates, the cycles that a vector of units takes of a token (95 measured alone, near 290 in place) and those
-    of a meeting of threads are guesses that still have to be calibrated.
+    A packed R came from the second cache at 28 bytes a cycle (one AVX-512 machine); the other rates and the
+    cycles that a vector of units takes of a token are rough. A meeting of threads counts as on a machine that
+    others use too: there a team took 1.2 to 3 times as long as threads with blocks of their own.
     """
 
     first: int
@@ -44,9 +44,10 @@ class Processor:
     third: int
     lanes: int = 16
     high: int = 6
-    rates: tuple[float, ...] = (64.0, 28.0, 20.0, 6.0)
+    rates: tuple[float, ...] = (64.0, 28.0, 12.0, 6.0)
     unit: float = 150.0
-    meeting: float = 700.0
+    start: float = 60.0  # of a product of a few rows with some columns
+    meeting: float = 30_000.0
 
     def rate(self, bytes_: int) -> float:
         """Bytes a cycle at which a core reads so many again and again."""
@@ -101,7 +102,9 @@ def cost(
     own = matrix * size
     passes = -(-rows // processor.high)
     arithmetic = rows * matrix / processor.lanes
-    columns = 4 * processor.lanes * units * size  # of R, that are worked on together; the backward pass has all gates'
+    columns = (
+        4 * processor.lanes * units * size
+    )  # of R, that are worked on together; the backward pass has all gates'
 
     def through(near: int) -> float:
         """A product of all rows: R comes from where it lies, and again for every further pass from nearer."""
@@ -116,6 +119,7 @@ def cost(
         + through(gates * columns)
         + gathering
         + 2 * rows * share * processor.unit
+        + 2 * passes * share * processor.start
         + (2 * processor.meeting if team > 1 else 0)
     )
     rounds = -(-heads * cut["parts"] // cut["groups"])

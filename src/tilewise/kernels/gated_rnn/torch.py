@@ -43,7 +43,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         seen = rows.seen(t)
         outs.append(made[0] if seen is None else torch.where(seen, made[0], 0))
         parts = made if seen is None else tuple(torch.where(seen, new, old) for new, old in zip(made, parts))
-    out, kept_all = call.new_out(), call.wx.new_empty(call.kept_shape(), dtype=call.wide)
+    out, kept_all = call.new_out(), call.wx.new_zeros(call.kept_shape(), dtype=call.wide)
     rows.put(out, outs)
     if call.keep:
         rows.put(kept_all[..., : call.wx.shape[4]].transpose(1, 2), kept)
