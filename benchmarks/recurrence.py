@@ -1,12 +1,13 @@
-"""Recurrences side by side: against attention, other packages, this library's own torch engine, and the machine.
+"""Recurrences side by side: against attention, other packages, this library's own torch engine, and the
+machine.
 
-    python benchmarks/recurrence.py [--quick] [additive flat rules ceiling decode selective]
+    python benchmarks/recurrence.py [--quick] [additive flat rules ceiling decode selective gated]
 
 Causal attention computes something else: the comparison says what a linear recurrence costs in its place. Other
 packages are raced where they are installed (flash-linear-attention, mlstm_kernels, mambapy); what is not there is
-said.
-Rates count the operations of the recurrence itself, 4 D_k D_v for a token and head, which no chunking can do
-without.
+said. Rates count the operations of the recurrence itself, 4 D_k D_v for a token and head, which no chunking can do
+without. Gated networks are raced as layers, from tokens to outputs: the linear layer of their gates' inputs, which
+torch.nn's have as well, is part of their time and of their rate.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Any
 
 import harness
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise.kernels.scan import Call
 from tilewise.kernels.scan import scan as kernel
-from tilewise.recurrence import State, scan, selective_scan
+from tilewise.recurrence import State, gated_rnn, scan, selective_scan
+from tilewise.recurrence.flash_rnn import GateInputs
+from tilewise.recurrence.gated import GATES
 
 HEADS, D = 8, 64
 # Decay and rule of the operators that are compared; betas are 1 for rule "add".
@@ -227,6 +230,61 @@ def through(run: Callable[..., Tensor], given: list[Tensor]) -> Callable[[], obj
     return lambda: torch.autograd.grad(run(*given).sum(), given)
 
 
+class Gated(nn.Module):
+    """What torch.nn.LSTM and GRU are, in heads: gates' inputs and the network, on one engine."""
+
+    def __init__(self, width: int, heads: int, cell: str, dense: bool = True, engine: str = "native") -> None:
+        super().__init__()
+        gates, d = GATES[cell], width // heads
+        self.inputs, self.cell, self.engine = GateInputs(width, heads, gates, dense), cell, engine
+        self.weights = nn.Parameter(torch.randn(heads, gates, d, d) * d**-0.5)
+        self.bias = nn.Parameter(torch.zeros(heads, gates, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = {"cell": self.cell, "engine": self.engine}
+        return gated_rnn(self.inputs(x), self.weights, self.bias, **options)  # type: ignore[return-value]
+
+    def work(self, tokens: int) -> float:
+        """Operations of a forward pass."""
+        return 2.0 * tokens * (self.inputs.weight.numel() + self.weights.numel())
+
+
+def gated(sizes: list[tuple[int, int, int]]) -> list[harness.Row]:
+    """Layers of equal width, at (sequences, tokens, width); the backward row is a whole training step's two
+    passes."""
+    rows = []
+    for cell, other in (("lstm", nn.LSTM), ("gru", nn.GRU)):
+        for b, n, width in sizes:
+            torch.manual_seed(0)
+            x = torch.randn(b, n, width)
+            layers: dict[str, nn.Module] = {
+                "torch.nn": other(width, width, batch_first=True),
+                "one head": Gated(width, 1, cell),
+                "8 heads": Gated(width, 8, cell),
+                "8 heads, own inputs": Gated(width, 8, cell, dense=False),
+            }
+            if width == sizes[0][2]:
+                layers["one head, torch"] = Gated(width, 1, cell, engine="torch")
+            for training in (False, True):
+                contenders = {name: partial(passes, layer, x, training) for name, layer in layers.items()}
+                times = {name: made.work(b * n) for name, made in layers.items() if isinstance(made, Gated)}
+                rates = times | {"torch.nn": times["one head"]}
+                rates = {name: rate * (3 if training else 1) for name, rate in rates.items()}
+                kind = "forward and backward" if training else "forward"
+                setting = f"{cell} {kind}, {b} x {n} tokens, width {width}"
+                rows += harness.race(setting, contenders, rates, rounds=5)
+    return rows
+
+
+def passes(layer: nn.Module, x: Tensor, training: bool) -> None:
+    """A forward pass, and where it trains a backward pass to the tokens and all weights."""
+    with torch.set_grad_enabled(training):
+        out = layer(x.requires_grad_(training))
+        out = out[0] if isinstance(out, tuple) else out
+        if training:
+            out.sum().backward()
+
+
 SECTIONS: dict[str, Callable[[bool], list[harness.Row]]] = {
     "additive": lambda quick: additive([512] if quick else [2048, 8192]),
     "flat": lambda quick: flat([512, 1024] if quick else [4096, 16384, 65536]),
@@ -234,6 +292,7 @@ SECTIONS: dict[str, Callable[[bool], list[harness.Row]]] = {
     "ceiling": lambda quick: ceiling([512] if quick else [8192]),
     "decode": lambda quick: decode(),
     "selective": lambda quick: selective([128] if quick else [2048]),
+    "gated": lambda quick: gated([(4, 64, 128)] if quick else [(16, 256, 256), (16, 256, 512)]),
 }
 
 
@@ -245,10 +304,10 @@ def main() -> int:
     chosen = options.sections or list(SECTIONS)
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    if not options.quick and not harness.tests_pass(
-        "tests/kernels/test_scan.py", "tests/kernels/test_selective_scan.py", "-k", "lengths or chunks"
-    ):
-        print("the tests of the scan fail: no figures")
+    kernels = ("scan", "selective_scan", "gated_rnn")
+    tests = [*(f"tests/kernels/test_{kernel}.py" for kernel in kernels), "-k", "lengths or chunks"]
+    if not options.quick and not harness.tests_pass(*tests):
+        print("the tests of the kernels fail: no figures")
         return 1
     rows = [row for name in chosen for row in SECTIONS[name](options.quick)]
     if not options.quick and chosen == list(SECTIONS):

@@ -16,6 +16,7 @@ import torch
 import tilewise
 from tilewise import cli, doctor, kernels, machine
 from tilewise.errors import UserError
+from tilewise.kernels.gated_rnn import ENGINES as GATED_ENGINES
 from tilewise.kernels.scan import ENGINES as SCAN_ENGINES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -184,6 +185,8 @@ def test_doctor_shows_the_machine_and_passes(run: Run) -> None:
         assert float(line.split()[-2]) > 0 and line.endswith("GFLOP/s")
     for engine in SCAN_ENGINES:
         assert ": works, error" in lines[f"recurrence, {engine}"]
+    for engine in GATED_ENGINES:
+        assert ": works, error" in lines[f"gated networks, {engine}"]
 
 
 def test_build_says_where_the_library_lies(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ _FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
 class Check:
     """How one engine did against the float64 definition; errors are relative to the size of the answer.
 
-    `refused` says why the engine does not run here, which is no fault; `failure` what it raised when it should
-    have run. `speed` is what it reached when timed, in GFLOP/s (see `speed_of`).
+    `refused` says why the engine does not run here, which is no fault; `failure` what it raised when it
+    should have run. `speed` is what it reached when timed, in GFLOP/s (see `speed_of`).
     """
 
     operator: str
@@ -53,13 +53,13 @@ class Check:
 def self_test() -> Iterator[Check]:
     """Every engine of every operator against its definition in float64, on a length no tile divides.
 
-    Causal attention with grouped heads, and the delta rule with a decay for each channel, in float32. An engine may
-    err twice as much as the definition itself does in float32. One that is right is timed as well. Yields each
-    check when it is done; engines that compile themselves take seconds.
+    Causal attention with grouped heads, the delta rule with a decay for each channel, and LSTMs in heads, in
+    float32. An engine may err twice as much as the definition itself does in float32. One that is right is
+    timed as well. Yields each check when it is done; engines that compile themselves take seconds.
     """
     import tilewise
     from tilewise import kernels
-    from tilewise.kernels.scan import ENGINES
+    from tilewise.kernels import gated_rnn, scan
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 300, 32, generator=generator) for heads in (4, 2, 2))
@@ -76,7 +76,15 @@ def self_test() -> Iterator[Check]:
         )
 
     yield from _checks("attention", attention, kernels.engines(), speed_of)
-    yield from _checks("recurrence", recurrence, list(ENGINES), scan_speed_of)
+    gates, weights = (torch.randn(1, 2, *s, 32, generator=generator) for s in ((300, 4), (4, 32)))
+
+    def gated(engine: str, dtype: torch.dtype) -> torch.Tensor:
+        return _tensor(
+            tilewise.recurrence.gated_rnn(gates.to(dtype), weights[0].to(dtype) / 6, engine=engine)
+        )
+
+    yield from _checks("recurrence", recurrence, list(scan.ENGINES), scan_speed_of)
+    yield from _checks("gated networks", gated, list(gated_rnn.ENGINES), gated_speed_of)
 
 
 def _tensor(out: Any) -> torch.Tensor:
@@ -120,11 +128,21 @@ def speed_of(engine: str, n: int = 1024) -> float:
 
 
 def scan_speed_of(engine: str, n: int = 1024) -> float:
-    """GFLOP/s of additive linear attention, 8 heads of 64, float32, on its 4 x 64 x 64 operations for a token."""
+    """GFLOP/s of additive linear attention, 8 heads of 64, float32, on its 4 x 64 x 64 operations for a
+    token."""
     from tilewise.recurrence import scan
 
     q, k, v = (torch.randn(1, 8, n, 64) for _ in range(3))
     return 4 * 8 * n * 64 * 64 / _best(lambda: scan(q, k, v, engine=engine)) / 1e9
+
+
+def gated_speed_of(engine: str, n: int = 256) -> float:
+    """GFLOP/s of an LSTM, 8 heads of 64, 8 sequences, float32, on its 8 x 64 x 64 operations for a token and
+    head."""
+    from tilewise.recurrence import gated_rnn
+
+    x, weights = torch.randn(8, 8, n, 4, 64), torch.randn(8, 4, 64, 64) / 8
+    return 8 * 8 * 8 * n * 64 * 64 / _best(lambda: gated_rnn(x, weights, engine=engine)) / 1e9
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -70,7 +70,8 @@ def engines() -> list[str]:
     return list(ENGINES)
 
 
-NATIVE = ("attend_tiles", "choose_keys", "scan", "selective_scan")  # kernels with a native engine
+# Kernels with a native engine.
+NATIVE = ("attend_tiles", "choose_keys", "gated_rnn", "scan", "selective_scan")
 
 
 def natives() -> dict[str, Sequence[Path]]:

@@ -4,6 +4,8 @@ from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttention, SlidingWindow
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
+from tilewise.recurrence.flash_rnn import FlashRNN, FlashRNNState
+from tilewise.recurrence.gated import GatedState, explain_gated, gated_rnn
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
 from tilewise.recurrence.initial_state import InitialState, tune_initial_state
@@ -44,8 +46,11 @@ __all__ = [
     "DeltaNet",
     "DiagonalAttention",
     "FastWeights",
+    "FlashRNN",
+    "FlashRNNState",
     "GLA",
     "GatedDeltaNet",
+    "GatedState",
     "HeadNorm",
     "InitialState",
     "KDA",
@@ -86,6 +91,8 @@ __all__ = [
     "empty_state",
     "explain",
     "explain_selective",
+    "explain_gated",
+    "gated_rnn",
     "infinite_vl",
     "kimi_linear",
     "lightning_attention",
