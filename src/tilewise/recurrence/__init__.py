@@ -3,6 +3,7 @@
 from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttention, SlidingWindow
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
+from tilewise.recurrence.distil import Pair, distil
 from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
@@ -57,6 +58,7 @@ __all__ = [
     "MixerState",
     "ModelConfig",
     "NormAttention",
+    "Pair",
     "RAT",
     "RATState",
     "SGLU",
@@ -67,6 +69,7 @@ __all__ = [
     "SwiGLU",
     "TNL",
     "TransNormer",
+    "distil",
     "elementwise",
     "empty_state",
     "explain",
