@@ -29,6 +29,7 @@ from tilewise.recurrence.rat import RAT, RATState
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
+from tilewise.recurrence.whole import Sums, whole_attention
 
 __all__ = [
     "Attention",
@@ -66,6 +67,7 @@ __all__ = [
     "ShortConv",
     "SlidingWindow",
     "State",
+    "Sums",
     "SwiGLU",
     "TNL",
     "TransNormer",
@@ -82,5 +84,6 @@ __all__ = [
     "scan",
     "slopes",
     "tune_initial_state",
+    "whole_attention",
     "xlstm_7b",
 ]
