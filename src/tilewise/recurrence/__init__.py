@@ -2,12 +2,14 @@
 
 from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttention, SlidingWindow
+from tilewise.recurrence.block_linear import BlockLinearAttention, BlocksSeen
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.distil import Pair, distil
 from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
 from tilewise.recurrence.initial_state import InitialState, tune_initial_state
+from tilewise.recurrence.inline import InLine, spread
 from tilewise.recurrence.kda import KDA
 from tilewise.recurrence.lact import LaCT, LaCTState
 from tilewise.recurrence.lightning import (
@@ -19,7 +21,10 @@ from tilewise.recurrence.lightning import (
     lightning_attention,
     slopes,
 )
+from tilewise.recurrence.lina import LINA
 from tilewise.recurrence.linear_attention import LinearAttention
+from tilewise.recurrence.linfusion import LinFusion, linfusion_loss
+from tilewise.recurrence.lit import LiT, hybrid_loss
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
 from tilewise.recurrence.mlstm import MLSTM, xlstm_7b
 from tilewise.recurrence.mlstm_sig import MLSTMSig
@@ -29,12 +34,15 @@ from tilewise.recurrence.rat import RAT, RATState
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
+from tilewise.recurrence.vision import VisionMixer
 from tilewise.recurrence.whole import Sums, whole_attention
 
 __all__ = [
     "Attention",
     "Block",
+    "BlockLinearAttention",
     "BlockState",
+    "BlocksSeen",
     "Cache",
     "Carried",
     "DeltaNet",
@@ -43,15 +51,19 @@ __all__ = [
     "GLA",
     "GatedDeltaNet",
     "HeadNorm",
+    "InLine",
     "InitialState",
     "KDA",
     "LRPE",
+    "LINA",
     "LaCT",
     "LaCTState",
     "LatentAttention",
     "Lightning",
     "LightningState",
+    "LinFusion",
     "LinearAttention",
+    "LiT",
     "MIXERS",
     "MLSTM",
     "MLSTMSig",
@@ -71,18 +83,22 @@ __all__ = [
     "SwiGLU",
     "TNL",
     "TransNormer",
+    "VisionMixer",
     "distil",
     "elementwise",
     "empty_state",
     "explain",
+    "hybrid_loss",
     "infinite_vl",
     "kimi_linear",
     "lightning_attention",
+    "linfusion_loss",
     "mixer",
     "orthogonal",
     "read_chunk",
     "scan",
     "slopes",
+    "spread",
     "tune_initial_state",
     "whole_attention",
     "xlstm_7b",

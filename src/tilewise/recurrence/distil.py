@@ -65,9 +65,9 @@ def distil(
         The loss of every step, those before a resumption included.
 
     Raises:
-        ValueError: names that do not exist, pairs of different shapes, a loss that is no scalar or not finite,
-            a student with nothing to train or whose trained parameters are the teacher's own, a checkpoint of
-            another student.
+        ValueError: names that do not exist, pairs of different shapes, a loss that is no scalar or not
+            finite, a student with nothing to train or whose trained parameters are the teacher's own, a
+            checkpoint of another student.
         TypeError: a part that gives no tensor.
     """
     named = dict(parts) if isinstance(parts, Mapping) else {name: name for name in parts}

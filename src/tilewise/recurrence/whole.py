@@ -164,6 +164,6 @@ def check_whole(
     for name, x, like in (("queries", weigh[0], q), ("keys", weigh[1], k)):
         if x.shape[:3] != like.shape[:3] or x.shape[3:] != weigh[0].shape[3:] or x.dtype != like.dtype:
             raise ValueError(
-                f"weigh must hold {name} [{', '.join(map(str, like.shape[:3]))}, D] of {like.dtype}, D that of"
-                f" the queries that weigh, got {list(x.shape)} of {x.dtype}"
+                f"weigh must hold {name} [{', '.join(map(str, like.shape[:3]))}, D] of {like.dtype}, with one"
+                f" D for both, got {list(x.shape)} of {x.dtype}"
             )
