@@ -216,7 +216,5 @@ def test_what_is_refused():
         LINA(WIDTH, 2, 9, normalize=None)
     with pytest.raises(ValueError, match="hidden must be an integer >= 1, got 0"):
         LinFusion(WIDTH, 2, 0)
-    with pytest.raises(ValueError, match="normalize must be 'divide' or None, got 'subtract'"):
-        LinFusion(WIDTH, 2, normalize="subtract")
     with pytest.raises(NotImplementedError, match="VisionMixer does not say how it mixes"):
         VisionMixer(WIDTH, 2)(x)

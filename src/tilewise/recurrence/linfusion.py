@@ -25,39 +25,32 @@ class LinFusion(VisionMixer):
     Args:
         width, heads, qk_norm, rope, extra, bias: as of `VisionMixer`; what is inherited from decides them.
         hidden: width within the two networks; None is `width`.
-        normalize: "divide"; None leaves weights as they are, which the paper finds to fail at other sizes.
 
     Raises ValueError for settings that do not fit. Differs from the authors' code: the networks' last layers
     begin at 0, so that a student begins as its teacher with other weights of attention; padding.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int | None = None,
-        *,
-        normalize: str | None = "divide",
-        **options,
-    ) -> None:
+    def __init__(self, width: int, heads: int, hidden: int | None = None, **options) -> None:
         super().__init__(width, heads, **options)
         hidden = width if hidden is None else hidden
         if not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1:
             raise ValueError(f"hidden must be an integer >= 1, got {hidden!r}")
-        if normalize not in ("divide", None):
-            raise ValueError(f"normalize must be 'divide' or None, got {normalize!r}")
-        self.normalize = normalize
         self.query_map, self.key_map = (_network(width, hidden) for _ in range(2))
 
     def forward(self, x: Tensor, grid: Grid | None = None, *, mask: Tensor | None = None) -> Tensor:
         x = self.check(x, grid, mask, needs_grid=False)
+        out = self.attend(*self.parts(x), grid, mask)
+        return self.finish(from_heads(out), mask)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_norm(to_heads(self.query(x + self.query_map(x)), self.heads))
         k = self.k_norm(to_heads(self.key(x + self.key_map(x)), self.heads))
+        return q, k, to_heads(self.value(x), self.heads)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None, mask: Tensor | None) -> Tensor:
+        """What queries read, `[B, H, N, D]`."""
         q, k = (F.elu(self.turned(part, grid)) + 1 for part in (q, k))
-        eps = 0.0 if self.normalize is None else 1e-4
-        v = to_heads(self.value(x), self.heads)
-        out = whole_attention(q, k, v, normalize=self.normalize, eps=eps, mask=mask)
-        return self.finish(from_heads(out), mask)
+        return whole_attention(q, k, v, eps=1e-4, mask=mask)
 
 
 def _network(width: int, hidden: int) -> nn.Sequential:
