@@ -100,6 +100,9 @@ def test_strides(normalize):
     views = [x.unflatten(-1, (2, 8)).transpose(1, 2).abs() for x in fused.chunk(3, -1)]
     want = whole_attention(*(x.contiguous() for x in views), normalize=normalize)
     torch.testing.assert_close(whole_attention(*views, normalize=normalize), want)
+    other = [x.transpose(1, 2) for x in views]
+    got = whole_attention(*other, normalize=normalize, layout="bnhd")
+    torch.testing.assert_close(got, want.transpose(1, 2))
     one = [x[:1].expand(3, -1, -1, -1) for x in views]
     torch.testing.assert_close(whole_attention(*one, normalize=normalize)[2], want[0])
 
@@ -126,6 +129,11 @@ def test_other_features_may_weigh():
     mask[0, 7:] = False
     got = whole_attention(*turned, v, weigh=(q, k), mask=mask)
     torch.testing.assert_close(got, written_out(*turned, v, "divide", weigh=(q, k), mask=mask))
+    swapped = [x.transpose(1, 2) for x in (*turned, v, q, k)]
+    torch.testing.assert_close(
+        whole_attention(*swapped[:3], weigh=tuple(swapped[3:]), layout="bnhd").transpose(1, 2),
+        whole_attention(*turned, v, weigh=(q, k)),
+    )
     wider = torch.cat((q, q), 3), torch.cat((k, k), 3)
     torch.testing.assert_close(
         whole_attention(*turned, v, weigh=wider), whole_attention(*turned, v, weigh=(2 * q, k))
@@ -191,6 +199,8 @@ def test_what_is_refused():
         whole_attention(q, k, v, scale=2.0)
     with pytest.raises(ValueError, match="weigh and eps are for normalize 'divide', got normalize None"):
         whole_attention(q, k, v, normalize=None, eps=1.0)
+    with pytest.raises(ValueError, match="layout must be 'bhnd' or 'bnhd', got 'bhdn'"):
+        whole_attention(q, k, v, layout="bhdn")
     with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
         whole_attention(q, k, v, eps=-1)
     with pytest.raises(ValueError, match=r"weigh must hold keys \[2, 2, 20, D\] of torch.float64"):

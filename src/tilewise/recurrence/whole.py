@@ -47,6 +47,7 @@ def whole_attention(
     eps: float = 0.0,
     weigh: Weigh | None = None,
     mask: Tensor | None = None,
+    layout: str = "bhnd",
 ) -> Tensor:
     """Attention of all tokens to all tokens whose weights are products of features, in time linear in N.
 
@@ -66,12 +67,18 @@ def whole_attention(
         weigh: other features of queries and keys, shaped like q and k but for D, that make the denominator of
             "divide" (features turned by positions may make negative ones).
         mask: bool `[B, N]`, False for padding anywhere: it is read by none and gets 0.
+        layout: "bhnd", or "bnhd" for `[B, N, H, D]` inputs and output (a stride view, never a copy).
 
     Returns:
         `[B, H_q, N, D_v]` in q's dtype; sums are float32 (float64 for float64 inputs), autocast or not.
 
     Raises ValueError or TypeError for arguments that do not fit.
     """
+    if layout not in ("bhnd", "bnhd"):
+        raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
+    if layout == "bnhd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        weigh = None if weigh is None else (weigh[0].transpose(1, 2), weigh[1].transpose(1, 2))
     check_whole(q, k, v, normalize, scale, eps, weigh, mask)
     if normalize == "subtract":
         # The weights stay as they are when all keys are moved alike. Around their mean, sums do not cancel.
@@ -88,7 +95,8 @@ def whole_attention(
         q = q.masked_fill(hidden, 0)  # what padding holds may be no number
         weigh = None if weigh is None else (weigh[0].masked_fill(hidden, 0), weigh[1])
     out = read(q, sums, normalize, scale=scale, eps=eps, weigh=None if weigh is None else weigh[0])
-    return out if mask is None else out.masked_fill(hidden, 0)
+    out = out if mask is None else out.masked_fill(hidden, 0)
+    return out.transpose(1, 2) if layout == "bnhd" else out
 
 
 def gather(k: Tensor, v: Tensor, *, weigh: Tensor | None = None, mask: Tensor | None = None) -> Sums:
