@@ -125,6 +125,8 @@ def test_resumed_is_the_uninterrupted_run_bit_for_bit(tmp_path):
     )
     assert got == want and heard == list(enumerate(want, 1))
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), whole.parameters()))
+    still = distil(teacher, Two(seed=2, drop=0.5), batches(1) * 4, square, rate=1e-12)
+    assert len(set(still)) == 4  # every step drops others
     other = Two(seed=2, drop=0.3)
     assert distil(teacher, other, batches(), square, seed=6) != want
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.pt"]
