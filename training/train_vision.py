@@ -1,7 +1,7 @@
 """Trains the small models of tests/recurrence on pictures (`tests/recurrence/pictures.py`), a file for each.
 
-`python training/train_vision.py [NAME ...]` writes tests/recurrence/weights/NAME.safetensors and prints what
-was found; about 30 seconds of one core for a classifier and one to two minutes for a denoiser.
+`python training/train_vision.py [NAME ...]` writes tests/recurrence/weights/vision-NAME.safetensors and
+prints what was found; about 30 seconds of one core for a classifier and one to two minutes for a denoiser.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def train(model: nn.Module, loss, steps: int, rate: float = 3e-3) -> None:
 
 
 def save(model: nn.Module, name: str) -> None:
-    path = p.WEIGHTS / f"{name}.safetensors"
+    path = p.WEIGHTS / f"vision-{name}.safetensors"
     save_file({key: x.detach().half().contiguous() for key, x in model.state_dict().items()}, path)
     path.chmod(0o644)
 

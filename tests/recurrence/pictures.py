@@ -162,8 +162,8 @@ def hybrid_error(out: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def loaded(model: nn.Module, name: str) -> nn.Module:
-    """The model with trained weights, from `weights/name.safetensors`."""
-    found = load_file(WEIGHTS / f"{name}.safetensors")
+    """The model with trained weights, from `weights/vision-NAME.safetensors`."""
+    found = load_file(WEIGHTS / f"vision-{name}.safetensors")
     model.load_state_dict({key: x.float() for key, x in found.items()})
     return model.eval().requires_grad_(False)
 

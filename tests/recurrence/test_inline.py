@@ -120,11 +120,15 @@ class InLineWithout:
 @pytest.mark.evidence
 def test_a_small_classifier_beats_plain_linear_attention_at_equal_parameters():
     """Glyphs under noise, trained alike (`training/train_vision.py`): InLine against ReLU features divided by
-    their sum, whose wider perceptrons make up for the residual's parameters, on fresh pictures."""
-    found, sizes = {}, set()
+    their sum, whose wider perceptrons make up for the residual's parameters, on fresh pictures. Control:
+    InLine
+    without its residual, with such perceptrons, is no better than the plain one here: what is local makes the
+    difference."""
+    found, sizes = {}, []
     for name in CLASSIFIERS:
         model = pictures.loaded(classifier(name), name)
-        sizes.add(round(sum(p.numel() for p in model.parameters()), -3))
+        sizes.append(sum(p.numel() for p in model.parameters()))
         found[name] = pictures.right(model)
     assert max(sizes) <= 1.01 * min(sizes), sizes
-    assert found["inline"] > found["plain-linear"] + 0.1, found
+    assert found["inline"] > found["plain-linear"] + 0.3, found
+    assert abs(found["inline-no-local"] - found["plain-linear"]) < 0.05, found

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.recurrence import pictures
-from tests.recurrence.vision_models import DENOISERS, denoiser
+from tests.recurrence.vision_models import denoiser
 from tilewise.recurrence import LINA
 from tilewise.recurrence.lina import EPS
 
@@ -121,12 +121,19 @@ def test_division_stays_within_the_values_and_subtraction_does_not():
 
 
 @pytest.mark.evidence
-def test_trained_to_generate_division_and_a_convolution_matter():
-    """Denoisers of pictures trained alike (`training/train_vision.py`), held-out error of the noise: LINA is
-    ahead of the same layers with subtraction and of those without the convolution."""
-    found = {}
-    for name in DENOISERS:
-        if name.startswith("lina"):
-            found[name] = pictures.held_out(pictures.loaded(denoiser(name), name))
+def test_trained_to_generate_it_needs_its_convolution():
+    """Denoisers of pictures trained alike (`training/train_vision.py`), error of the noise in fresh pictures:
+    with the convolution and without it."""
+    found = {name: error(name) for name in ("lina", "lina-no-conv")}
     assert found["lina-no-conv"] > 1.05 * found["lina"], found
-    assert found["lina-subtract"] > 1.02 * found["lina"], found
+
+
+def test_division_is_not_ahead_of_subtraction_here():
+    """What the paper finds of large models is not seen in these small ones: both are as good, with a gate and
+    without."""
+    found = {name: error(name) for name in ("lina", "lina-subtract", "lina-no-gate")}
+    assert max(found.values()) < 1.02 * min(found.values()), found
+
+
+def error(name: str) -> float:
+    return pictures.held_out(pictures.loaded(denoiser(name), name))
