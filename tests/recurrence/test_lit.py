@@ -51,10 +51,10 @@ def teacher() -> nn.Module:
     return p.loaded(denoiser("teacher"), "teacher")
 
 
-def student(heads: int = 2, inherits: bool = True, conv: int = 5) -> nn.Module:
+def student(heads: int = 2, inherits: bool = True) -> nn.Module:
     """The teacher with LiT in attention's place; all but attention inherited."""
     torch.manual_seed(0)
-    made = denoiser("teacher", lambda: LiT(WIDTH, heads, conv=conv))
+    made = denoiser("teacher", lambda: LiT(WIDTH, heads))
     if inherits:
         kept = {name: x for name, x in teacher().state_dict().items() if "mixer" not in name}
         missing, unexpected = made.load_state_dict(kept, strict=False)
@@ -64,11 +64,11 @@ def student(heads: int = 2, inherits: bool = True, conv: int = 5) -> nn.Module:
 
 @lru_cache
 def distilled(
-    heads: int = 2, inherits: bool = True, noise: float = 0.5, variance: float = 0.05, conv: int = 5
+    heads: int = 2, inherits: bool = True, noise: float = 0.5, variance: float = 0.05
 ) -> tuple[float, float, float]:
     """After STEPS steps, on fresh pictures: distances from the teacher's noise and log variance, and noise
     error."""
-    made = student(heads, inherits, conv)
+    made = student(heads, inherits)
     batches = [p.noisy(32, (1 << 20) + i) for i in range(STEPS)]
     loss = hybrid_loss(p.hybrid_error, noise, variance)
     distil(teacher(), made, batches, loss, inputs=lambda batch: batch[:2], rate=3e-3)
@@ -95,8 +95,8 @@ def test_inheriting_and_distilling_bring_a_student_near_its_teacher():
     step."""
     full, fresh = distilled(), measured(student())
     nothing = distilled(inherits=False)
-    assert full[0] < 0.5 * fresh[0], (full, fresh)
-    assert full[0] < 0.8 * nothing[0] and full[2] < nothing[2], (full, nothing)
+    assert full[0] < 0.2 * fresh[0], (full, fresh)
+    assert full[0] < 0.5 * nothing[0] and full[2] < 0.9 * nothing[2], (full, nothing)
 
 
 @pytest.mark.evidence
@@ -104,15 +104,13 @@ def test_the_hybrid_loss_teaches_the_variance():
     """Distance from the teacher's log variance: with the variance's term it is smaller than with the noise's
     alone and than without a teacher, all else alike."""
     full, noise_only, alone = distilled(), distilled(variance=0.0), distilled(noise=0.0, variance=0.0)
-    assert full[1] < 0.9 * min(noise_only[1], alone[1]), (full, noise_only, alone)
+    assert full[1] < 0.5 * min(noise_only[1], alone[1]), (full, noise_only, alone)
 
 
 @pytest.mark.evidence
-def test_few_heads_are_better_than_many_and_the_convolution_matters():
-    """As many parameters either way, one or two heads against sixteen; and two heads without the
-    convolution."""
-    few, many, without = distilled(), distilled(heads=16), distilled(conv=0)
+def test_few_heads_are_better_than_many():
+    """As many parameters either way, two heads against sixteen, distilled alike."""
+    few, many = distilled(), distilled(heads=16)
     sizes = {sum(x.numel() for x in student(heads).parameters()) for heads in (2, 16)}
     assert len(sizes) == 1
-    assert few[0] < 0.95 * many[0], (few, many)
-    assert few[0] < 0.9 * without[0], (few, without)
+    assert few[0] < 0.9 * many[0] and few[2] < many[2], (few, many)

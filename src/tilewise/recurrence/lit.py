@@ -49,13 +49,15 @@ class LiT(VisionMixer):
         return self.finish(out, mask)
 
 
-def hybrid_loss(task: Callable[[Tensor, Any], Tensor], noise: float = 0.5, variance: float = 0.05) -> Loss:
+def hybrid_loss(
+    task: Callable[[Tensor, Any], Tensor], noise: float = 0.5, variance: float | None = 0.05
+) -> Loss:
     """LiT's loss for `distil`: the task's own, and squared distances from the teacher's noise and variance.
 
     Args:
         task: `task(the student's output, batch)`, a scalar.
-        noise, variance: weights of the two distances. The first half of an output's last axis is noise and
-            the second half variance; with `variance=0` all of it is noise.
+        noise, variance: weights of the two distances, the defaults ours. The first half of an output's last
+            axis is noise and the second half variance; with `variance=None` all of it is noise.
 
     Raises ValueError for outputs whose last axis has no halves.
     """
@@ -63,7 +65,7 @@ def hybrid_loss(task: Callable[[Tensor, Any], Tensor], noise: float = 0.5, varia
     def loss(pairs: Pairs, batch: Any) -> Tensor:
         told, found = pairs[""]
         total = task(found, batch)
-        if not variance:
+        if variance is None:
             return total + noise * F.mse_loss(found, told)
         if told.shape[-1] % 2:
             raise ValueError(f"outputs must end in noise and variance, halves, got {list(told.shape)}")
