@@ -122,7 +122,7 @@ class VideoModel(nn.Module):
         for number, block in enumerate(self.blocks):
             moment = Moment(number, first, grid, *(step or (None, None)))
             run = Attention(chosen.get(number), moment, observer, engine)
-            hidden = block(hidden, clock[:, :6], turns, run)
+            hidden = block(hidden, clock[:, :6], turns, run, grid)
         shift, scale = clock[:, 6:].unsqueeze(2).unbind(1)
         found = self.unembed(norm(hidden) * (1 + scale) + shift)
         own = uncut(found, grid, self.config.patch) * (self.config.power / spread).sqrt()

@@ -29,21 +29,32 @@ class Block(nn.Module):
         self.q_scale = nn.Parameter(torch.ones(heads, 1, width // heads))
         self.k_scale = nn.Parameter(torch.ones(heads, 1, width // heads))
         self.proj = nn.Linear(width, width)
+        self.mixer: nn.Module | None = None  # in attention's place, see `video_mixers.with_mixers`
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor], run: Attention) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        turns: tuple[Tensor, Tensor],
+        run: Attention,
+        grid: tuple[int, int, int],
+    ) -> Tensor:
         """`x [B, N, width]`, `modulation [B, 6, width]` to `[B, N, width]`."""
         shift, scale, gate, shift_up, scale_up, gate_up = (modulation + self.table).unsqueeze(2).unbind(1)
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in self.qkv(norm(x) * (1 + scale) + shift).chunk(3, -1)
+        inner = norm(x) * (1 + scale) + shift
+        x = x + (1 + gate) * (
+            self._attend(inner, turns, run) if self.mixer is None else self.mixer(inner, grid)
         )
-        q = turn(_unit(q) * self.q_scale, turns).to(v.dtype)
-        k = turn(_unit(k) * self.k_scale, turns).to(v.dtype)
-        x = x + (1 + gate) * self.proj(run(q, k, v).transpose(1, 2).flatten(2))
         inner = functional.gelu(self.up(norm(x) * (1 + scale_up) + shift_up), approximate="tanh")
         return x + (1 + gate_up) * self.down(inner)
+
+    def _attend(self, x: Tensor, turns: tuple[Tensor, Tensor], run: Attention) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        q = turn(_unit(q) * self.q_scale, turns).to(v.dtype)
+        k = turn(_unit(k) * self.k_scale, turns).to(v.dtype)
+        return self.proj(run(q, k, v).transpose(1, 2).flatten(2))
 
 
 def norm(x: Tensor) -> Tensor:
