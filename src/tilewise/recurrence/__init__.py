@@ -19,15 +19,25 @@ from tilewise.recurrence.lightning import (
     slopes,
 )
 from tilewise.recurrence.linear_attention import LinearAttention
+from tilewise.recurrence.lion import LION, LinearGroupRNN, LIONBlock, SpatialDescriptor, foreground, generate
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
 from tilewise.recurrence.mlstm import MLSTM, xlstm_7b
 from tilewise.recurrence.mlstm_sig import MLSTMSig
 from tilewise.recurrence.model import MIXERS, Block, ModelConfig, SequenceModel, SwiGLU, mixer
 from tilewise.recurrence.per_channel import elementwise
 from tilewise.recurrence.rat import RAT, RATState
+from tilewise.recurrence.scatterformer import (
+    CrossWindow,
+    ScatteredLinearAttention,
+    ScatterFormer,
+    scattered_attention,
+)
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
+from tilewise.recurrence.voxel_conv import SubmanifoldConv3d
+from tilewise.recurrence.voxel_windows import Lineup, groups, windows
+from tilewise.recurrence.voxels import Voxels, extend, merge, voxelize
 
 __all__ = [
     "Attention",
@@ -35,6 +45,7 @@ __all__ = [
     "BlockState",
     "Cache",
     "Carried",
+    "CrossWindow",
     "DeltaNet",
     "DiagonalAttention",
     "FastWeights",
@@ -43,6 +54,8 @@ __all__ = [
     "HeadNorm",
     "InitialState",
     "KDA",
+    "LION",
+    "LIONBlock",
     "LRPE",
     "LaCT",
     "LaCTState",
@@ -50,6 +63,8 @@ __all__ = [
     "Lightning",
     "LightningState",
     "LinearAttention",
+    "LinearGroupRNN",
+    "Lineup",
     "MIXERS",
     "MLSTM",
     "MLSTMSig",
@@ -60,24 +75,37 @@ __all__ = [
     "RAT",
     "RATState",
     "SGLU",
+    "ScatterFormer",
+    "ScatteredLinearAttention",
     "SequenceModel",
     "ShortConv",
     "SlidingWindow",
+    "SpatialDescriptor",
     "State",
+    "SubmanifoldConv3d",
     "SwiGLU",
     "TNL",
     "TransNormer",
+    "Voxels",
     "elementwise",
     "empty_state",
     "explain",
+    "extend",
+    "foreground",
+    "generate",
+    "groups",
     "infinite_vl",
     "kimi_linear",
     "lightning_attention",
+    "merge",
     "mixer",
     "orthogonal",
     "read_chunk",
     "scan",
+    "scattered_attention",
     "slopes",
     "tune_initial_state",
+    "voxelize",
+    "windows",
     "xlstm_7b",
 ]
