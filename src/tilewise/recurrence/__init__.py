@@ -6,6 +6,7 @@ from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
+from tilewise.recurrence.hyper_kernels import ContextKernel, HyperKernel
 from tilewise.recurrence.initial_state import InitialState, tune_initial_state
 from tilewise.recurrence.kda import KDA
 from tilewise.recurrence.lact import LaCT, LaCTState
@@ -34,6 +35,7 @@ from tilewise.recurrence.scatterformer import (
 )
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
+from tilewise.recurrence.terminator import HyperZZW, LocalHyperZZW, SFNEBlock, Terminator
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
 from tilewise.recurrence.voxel_conv import SubmanifoldConv3d
 from tilewise.recurrence.voxel_windows import Lineup, groups, windows
@@ -45,6 +47,7 @@ __all__ = [
     "BlockState",
     "Cache",
     "Carried",
+    "ContextKernel",
     "CrossWindow",
     "DeltaNet",
     "DiagonalAttention",
@@ -52,6 +55,8 @@ __all__ = [
     "GLA",
     "GatedDeltaNet",
     "HeadNorm",
+    "HyperKernel",
+    "HyperZZW",
     "InitialState",
     "KDA",
     "LION",
@@ -65,6 +70,7 @@ __all__ = [
     "LinearAttention",
     "LinearGroupRNN",
     "Lineup",
+    "LocalHyperZZW",
     "MIXERS",
     "MLSTM",
     "MLSTMSig",
@@ -74,6 +80,7 @@ __all__ = [
     "NormAttention",
     "RAT",
     "RATState",
+    "SFNEBlock",
     "SGLU",
     "ScatterFormer",
     "ScatteredLinearAttention",
@@ -85,6 +92,7 @@ __all__ = [
     "SubmanifoldConv3d",
     "SwiGLU",
     "TNL",
+    "Terminator",
     "TransNormer",
     "Voxels",
     "elementwise",
