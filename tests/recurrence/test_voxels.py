@@ -232,5 +232,10 @@ def test_bad_arguments():
         merge(voxels, (2, 2))
     with pytest.raises(ValueError, match="more cells than int64 counts"):
         windows(Voxels(cells[:1], features[:1], (1, 1, 1, 2**61)), (64, 64, 64))
+    points = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="size must be three numbers .* got \\(1, 0, 1\\)"):
+        voxelize(points, cells[:, 0], low=(0, 0, 0), size=(1, 0, 1), shape=SHAPE)
+    with pytest.raises(ValueError, match="low must be three numbers"):
+        voxelize(points, cells[:, 0], low=(0, 0), size=(1, 1, 1), shape=SHAPE)
     with pytest.raises(ValueError, match=r"points must be \[P, 3 \+ F\] and sample \[P\]"):
         voxelize(torch.zeros(2, 2), cells[:, 0], low=(0, 0, 0), size=(1, 1, 1), shape=SHAPE)

@@ -32,9 +32,7 @@ class Voxels:
     _cells: _Cells | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        shape = tuple(self.shape)
-        if len(shape) != 4 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in shape):
-            raise ValueError(f"shape must be four integers >= 1 (samples, z, y, x), got {self.shape!r}")
+        shape = check_shape(self.shape)
         features, coords = self.features, self.coords
         if not isinstance(features, Tensor) or not features.is_floating_point():
             raise TypeError(f"features must be a floating tensor, got {_kind(features)}")
@@ -65,10 +63,6 @@ class Voxels:
     def with_features(self, features: Tensor) -> Voxels:
         """The same cells with other features `[M, C']`; what is known about their places stays known."""
         return replace(self, features=features)
-
-    def take(self, order: Tensor) -> Voxels:
-        """These cells, int64 `[M']`, each at most once, in this order."""
-        return Voxels(self.coords[order], self.features[order], self.shape)
 
     def find(self, coords: Tensor) -> Tensor:
         """Which voxel lies at each of `coords [..., 4]`: int64 `[...]`, -1 where none does or none could."""
@@ -173,6 +167,14 @@ def cell_count(shape: Sequence[int]) -> int:
     return made
 
 
+def check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(samples, z, y, x) of grids; ValueError unless four integers above 0."""
+    made = tuple(shape)
+    if len(made) != 4 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in made):
+        raise ValueError(f"shape must be four integers >= 1 (samples, z, y, x), got {shape!r}")
+    return made
+
+
 def check_kernel(kernel: Sequence[int]) -> tuple[int, int, int]:
     """A box's (z, y, x); ValueError unless three odd numbers."""
     made = check_sizes("kernel", kernel)
@@ -214,20 +216,24 @@ def voxelize(
         F further numbers, and log(1 + points), `[M, 3 + F + 1]`; and the voxel of every point, -1 for those
         outside.
     """
+    grid = check_shape(shape)
     if points.ndim != 2 or points.shape[1] < 3 or sample.shape != points.shape[:1]:
         raise ValueError(
             f"points must be [P, 3 + F] and sample [P], got {tuple(points.shape)} and {tuple(sample.shape)}"
         )
+    for name, three in (("low", low), ("size", size)):
+        if len(three) != 3 or (name == "size" and not min(three) > 0):
+            raise ValueError(f"{name} must be three numbers (x, y, z), of a size above 0, got {three!r}")
     scaled = (points[:, :3] - points.new_tensor(low)) / points.new_tensor(size)
     cell = torch.cat((sample.long().unsqueeze(1), scaled.floor().long().flip(1)), 1)
-    inside = ((cell >= 0) & (cell < torch.tensor(tuple(shape), device=cell.device))).all(1)
-    numbers, owner = number(cell[inside], shape).unique(return_inverse=True)
+    inside = ((cell >= 0) & (cell < cell.new_tensor(grid))).all(1)
+    numbers, owner = number(cell[inside], grid).unique(return_inverse=True)
     within = 2 * (scaled[inside] - scaled[inside].floor()) - 1
     told = torch.cat((within, points[inside, 3:], torch.ones_like(within[:, :1])), 1)
     total = told.new_zeros(len(numbers), told.shape[1]).index_add(0, owner, told)
     features = torch.cat((total[:, :-1] / total[:, -1:], total[:, -1:].log1p()), 1)
     of = torch.full((len(points),), -1, device=points.device).masked_scatter(inside, owner)
-    return Voxels(cells_at(numbers, shape), features, tuple(shape)), of  # type: ignore[arg-type]
+    return Voxels(cells_at(numbers, grid), features, grid), of
 
 
 def merge(voxels: Voxels, factors: Sequence[int]) -> tuple[Voxels, Tensor]:
