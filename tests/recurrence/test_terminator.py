@@ -86,7 +86,7 @@ def test_local_kernels_are_of_what_each_image_shows():
 
 @pytest.mark.evidence
 def test_kernels_of_any_size_take_the_same_network():
-    """But for one number a place: a kernel of 144 x 32 x 32 takes a tenth of its own size, and less when
+    """But for one number a place: a kernel of 144 x 32 x 32 takes a fifteenth of its size, and less when
     larger."""
     small, large = (
         sum(p.numel() for p in HyperKernel(144, size, hidden=32).parameters()) for size in (32, 64)
