@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.recurrence.streets import WEIGHTS, Marks, Net, loss, streets  # noqa: E402
 
-STEPS = {"lion": 400, "lion-apart": 400, "lion-flat": 400, "scatter": 600, "scatter-apart": 600}
-SCENES, RATE = 3, 4e-3
+STEPS = {"lion": 400, "lion-apart": 400, "lion-flat": 400, "scatter": 1000, "scatter-apart": 1000}
+SCENES, RATE = 6, 5e-3
 
 
 def train(kind: str) -> Net:
@@ -39,7 +39,7 @@ def train(kind: str) -> Net:
             spent = time.perf_counter() - start
             print(
                 f"{kind} {step}: {found.item():.3f}, {spent:.0f} s",
-                Marks.of(net, streets(8, 5000)),
+                Marks.of(net, streets(32, 5000)),
                 flush=True,
             )
     return net.eval()
@@ -51,7 +51,7 @@ def main() -> None:
         net = train(kind)
         kept = {name: value.half().contiguous() for name, value in net.state_dict().items()}
         save_file(kept, WEIGHTS / f"points-{kind}.safetensors")
-        print(kind, Marks.of(net, streets(16, 9000)), flush=True)
+        print(kind, Marks.of(net, streets(64, 9000)), flush=True)
 
 
 if __name__ == "__main__":

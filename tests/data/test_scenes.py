@@ -9,6 +9,7 @@ from tilewise.data.scenes import (
     ARMS,
     CLASSES,
     CLUTTER,
+    ECHO,
     GOES,
     GROUND,
     HEIGHT,
@@ -39,7 +40,8 @@ def test_a_scene_is_the_same_alone_and_among_others():
 
 def test_points_lie_where_they_belong():
     scenes = street_scenes(6, 3)
-    points, label = scenes.points, scenes.label
+    points, echo, label = scenes.points[:, :3], scenes.points[:, 3], scenes.label
+    assert (echo - torch.tensor(ECHO)[label]).abs().max() < 0.3
     assert points.min() >= 0 and points[:, :2].max() < 32 and points[:, 2].max() < HEIGHT
     assert label.unique().tolist() == list(range(len(CLASSES)))
     assert points[label == GROUND][:, 2].max() <= 0.1

@@ -170,11 +170,11 @@ def test_a_crossing_is_three_convolutions_and_what_is_left():
 
 @pytest.mark.evidence
 def test_what_crosses_windows_is_needed():
-    """Street scenes of 4 x 4 windows: whether a vehicle goes is told by a signal, here windows away.
+    """Street scenes of 4 x 4 windows: every voxel says how a signal stands that is windows away.
 
     Trained alike, the control has no convolution that crosses windows, and guesses.
     """
-    scenes = streets(24, 20_000)
+    scenes = streets(96, 20_000)
     with torch.no_grad():
         found = {kind: Marks.of(trained(kind), scenes) for kind in ("scatter", "scatter-apart")}
     assert found["scatter"].far > found["scatter-apart"].far + 0.1, found

@@ -18,6 +18,7 @@ from torch import Tensor
 GROUND, CLUTTER, LOWERED, RAISED, WAITS, GOES = range(6)
 CLASSES = ("ground", "clutter", "lowered", "raised", "waits", "goes")
 HEIGHT = 4.0  # metres
+ECHO = (0.3, 0.4, 0.0, 1.0, 0.6, 0.6)  # of each class, how strongly its points reflect
 ARMS = (1.6, 3.4)  # metres above ground of a lowered and a raised arm
 
 
@@ -26,7 +27,8 @@ class Scenes:
     """Points of several scenes.
 
     Attributes:
-        points: float32 `[P, 3]`, x, y and z in metres, from 0 to `extent` (z to HEIGHT).
+        points: float32 `[P, 4]`, x, y and z in metres, from 0 to `extent` (z to HEIGHT), and how strongly
+            each reflects, around its class's ECHO; a raised arm shines, a lowered one is dark.
         sample: int64 `[P]`, of which scene. label: int64 `[P]`, a place in CLASSES.
         vehicle: int64 `[P]`, a row of `boxes`, or -1.
         boxes: float32 `[V, 5]`, the middle's x and y, length, width, and 0 for a length along x, 1 along y.
@@ -75,7 +77,7 @@ def street_scenes(
     for scene in made:
         starts.append(starts[-1] + len(scene.boxes))
     return Scenes(
-        torch.cat([torch.empty(0, 3), *(scene.points for scene in made)]),
+        torch.cat([torch.empty(0, 4), *(scene.points for scene in made)]),
         torch.cat([torch.empty(0).long(), *(torch.full_like(s.label, i) for i, s in enumerate(made))]),
         torch.cat([torch.empty(0).long(), *(scene.label for scene in made)]),
         torch.cat([torch.empty(0).long(), *(_from(s.vehicle, start) for s, start in zip(made, starts))]),
@@ -112,7 +114,9 @@ class _Scene:
         self.label = torch.cat([torch.full((len(p),), label) for p, label, _ in self.parts])
         self.vehicle = torch.cat([torch.full((len(p),), which) for p, _, which in self.parts])
         limit = torch.tensor([extent, extent, HEIGHT])
-        self.points = torch.minimum(self.points.clamp(min=0), limit - 1e-3)
+        at = torch.minimum(self.points.clamp(min=0), limit - 1e-3)
+        echo = torch.tensor(ECHO)[self.label] + 0.05 * torch.randn(len(at), generator=self.generator)
+        self.points = torch.cat((at, echo.unsqueeze(1)), 1)
 
     def _rand(self, *size: int) -> Tensor:
         return torch.rand(*size, generator=self.generator)
