@@ -170,15 +170,17 @@ def test_a_crossing_is_three_convolutions_and_what_is_left():
 
 @pytest.mark.evidence
 def test_what_crosses_windows_is_needed():
-    """Street scenes of 4 x 4 windows: every voxel says how a signal stands that is windows away.
+    """Street scenes of 4 x 4 windows: every voxel says how the signal stands, in the next windows too; vehicles,
+    which lie across borders, say where their middles are.
 
-    Trained alike, the control has no convolution that crosses windows, and guesses.
+    Trained alike, the control has no convolution that crosses windows. What lies windows away hardly arrives after
+    four layers (`far`), here as there.
     """
     scenes = streets(96, 20_000)
     with torch.no_grad():
         found = {kind: Marks.of(trained(kind), scenes) for kind in ("scatter", "scatter-apart")}
-    assert found["scatter"].far > found["scatter-apart"].far + 0.1, found
-    assert found["scatter"].way < 0.9 * found["scatter-apart"].way, found
+    assert found["scatter"].near > found["scatter-apart"].near + 0.1, found
+    assert found["scatter"].way < 0.85 * found["scatter-apart"].way, found
 
 
 def test_bad_arguments():
