@@ -92,7 +92,7 @@ def recurrence(voxels: Voxels, mixer: str, group: int) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    for samples in (2, 4, 8, 16):
+    for samples in (2, 4, 8):
         attention("scenes", windows(scene(samples), WINDOW).offsets)
     attention("even windows", torch.arange(0, 64 * 300 + 1, 64))
     for mixer in ("gla", "gated-delta-net"):

@@ -176,14 +176,17 @@ def test_recurrences_over_groups_see_what_is_far(found):
 
     The control, trained alike, has networks of each voxel alone where the recurrences stand, and guesses.
     """
-    assert found["lion"].far > found["lion-apart"].far + 0.1, found
+    assert found["lion"].far > 0.95 and found["lion-apart"].far < 0.6, found
     assert found["lion"].way < 0.9 * found["lion-apart"].way, found
 
 
 @pytest.mark.evidence
 def test_descriptors_add_what_a_row_does_not_show(found):
-    """Trained alike, the control's descriptors see no neighbours."""
-    assert found["lion"].named > found["lion-flat"].named + 0.01, found
+    """Trained alike, the control's descriptors see no neighbours: its vehicles know less of where they end,
+    though recurrences alone carry the signal as far."""
+    assert found["lion"].way < 0.75 * found["lion-flat"].way, found
+    assert found["lion"].named > found["lion-flat"].named, found
+    assert found["lion-flat"].far > 0.95, found
 
 
 @pytest.mark.evidence

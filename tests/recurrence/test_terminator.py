@@ -20,7 +20,6 @@ def randomised(module: nn.Module) -> nn.Module:
     return module.double()
 
 
-@pytest.mark.evidence
 def test_the_operator_is_a_hyper_kernel_times_activations_acting_on_activations():
     """Float64, place by place; and the kernel is its network, evaluated at each place alone."""
     net = randomised(HyperZZW(3, 5, hidden=6))
@@ -54,7 +53,6 @@ def seen_from(run, size: int = 9) -> Tensor:
     return moved[0].abs().amax(0) > 0
 
 
-@pytest.mark.evidence
 def test_every_place_sees_its_row_and_column_and_after_two_all():
     """Without standardisation, which would mix all places by itself; by its own places alone it sees none."""
     net = randomised(HyperZZW(3, 9, hidden=6))
@@ -66,7 +64,6 @@ def test_every_place_sees_its_row_and_column_and_after_two_all():
     assert int(seen_from(lambda x: net(net(x, x), net(x, x))).sum()) == 1
 
 
-@pytest.mark.evidence
 def test_local_kernels_are_of_what_each_image_shows():
     """Depthwise convolution by a kernel of the image itself; another image has another kernel."""
     slow = randomised(ContextKernel(3, 5, hidden=6))
@@ -84,7 +81,6 @@ def test_local_kernels_are_of_what_each_image_shows():
         torch.testing.assert_close(got[i : i + 1], want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.evidence
 def test_kernels_of_any_size_take_the_same_network():
     """But for one number a place: a kernel of 144 x 32 x 32 takes a fifteenth of its size, and less when
     larger."""
@@ -118,15 +114,17 @@ def test_images_do_not_see_each_other_and_everything_learns():
     torch.testing.assert_close(net(images.double())[2:3], net(images[2:3].double()), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.evidence
-def test_the_operator_is_needed_for_what_is_far():
+def test_the_product_is_needed_for_what_is_far_and_the_kernel_is_not():
     """Whether a red and a blue dot stand in one row, six columns apart or more; blocks have no residual
     connections.
 
-    Trained alike, the control multiplies place by place, so that only its 3 x 3 kernels see other places.
+    Trained alike, a network that multiplies place by place, so that only its 3 x 3 kernels see other places,
+    does little better than guess. Not the paper's hope: with the hyper-kernel kept at 1 it is told just as
+    well.
     """
-    found = {reach: right(trained(reach)) for reach in ("all", "own")}
-    assert found["all"] > 0.9 and found["own"] < found["all"] - 0.1, found
+    found = {reach: right(trained(reach)) for reach in ("all", "plain", "own")}
+    assert found["all"] > 0.95 and found["own"] < 0.65, found
+    assert found["plain"] >= found["all"] - 0.01, found
 
 
 def test_bad_arguments():
