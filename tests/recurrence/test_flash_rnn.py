@@ -160,7 +160,7 @@ def test_heads_are_diagonal_blocks(cell):
 @pytest.mark.evidence
 @every_cell
 def test_the_native_loop_is_faster_than_a_loop_of_steps(cell):
-    """A sequence of 300 tokens in 4 heads of 32, forward and backward: at least 4 times; 10 and more were
+    """300 tokens in 4 heads of 32, forward and backward: at least 4 times; 6 (Elman) to 17 (sLSTM) were
     measured."""
     given = drawn(cell, 300, 4, 32, torch.float32)
 
