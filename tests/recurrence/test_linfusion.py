@@ -139,5 +139,5 @@ def test_normalised_and_without_order_it_holds_at_other_sizes():
         (distance(model), distance(model, LARGER))
         for model in (distilled(), distilled(Causal), distilled(Unnormalised))
     )
-    assert full[1] < full[0] and plain[1] > plain[0] and full[1] < 0.7 * plain[1], (full, plain)
-    assert full[0] < 0.93 * causal[0] and full[1] < 0.97 * causal[1], (full, causal)
+    assert full[1] < 1.2 * full[0] and plain[1] > 1.5 * plain[0] and full[1] < 0.6 * plain[1], (full, plain)
+    assert full[0] < 0.93 * causal[0] and full[1] < causal[1], (full, causal)
