@@ -1,7 +1,7 @@
 """Trains the small networks over street scenes of tests/recurrence/test_lion.py and test_scatterformer.py.
 
-`python training/train_points.py [KIND ...]` writes tests/recurrence/weights/points-KIND.safetensors; about a
-minute and a half for each kind of LION and half of that for ScatterFormer's, on one core.
+`python training/train_points.py [KIND ...]` writes tests/recurrence/weights/points-KIND.safetensors; one to
+three minutes for each kind, on one core.
 """
 
 from __future__ import annotations

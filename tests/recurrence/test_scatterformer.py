@@ -170,11 +170,11 @@ def test_a_crossing_is_three_convolutions_and_what_is_left():
 
 @pytest.mark.evidence
 def test_what_crosses_windows_is_needed():
-    """Street scenes of 4 x 4 windows: every voxel says how the signal stands, in the next windows too; vehicles,
-    which lie across borders, say where their middles are.
+    """Street scenes of 4 x 4 windows: every voxel says how the signal stands, in the next windows too;
+    vehicles, which lie across borders, say where their middles are.
 
-    Trained alike, the control has no convolution that crosses windows. What lies windows away hardly arrives after
-    four layers (`far`), here as there.
+    Trained alike, the control has no convolution that crosses windows. What lies windows away hardly arrives
+    after four layers (`far`), here as there.
     """
     scenes = streets(96, 20_000)
     with torch.no_grad():
