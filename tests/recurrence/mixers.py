@@ -21,5 +21,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlstm-sig": {"heads": 2, "chunk": 64, "input_bias": -2.0},
     "norm-attention": {"heads": 2},
     "rat": {"heads": 4, "chunk": 8, "groups": 2},
+    "tnt": {"memories": 2, "far": 32, "near": (2, 8), "shard": 16, "rate": 2.0},
     "sliding-window": {"heads": 2, "window": 11},
 }

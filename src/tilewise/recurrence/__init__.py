@@ -2,13 +2,15 @@
 
 from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttention, SlidingWindow
+from tilewise.recurrence.block_transformer import BlockEmbedder, BlockTransformer, BlockTransformerState
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
-from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
+from tilewise.recurrence.fast_weights import FastWeights, Lessons, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
 from tilewise.recurrence.initial_state import InitialState, tune_initial_state
 from tilewise.recurrence.kda import KDA
 from tilewise.recurrence.lact import LaCT, LaCTState
+from tilewise.recurrence.learner import Learner
 from tilewise.recurrence.lightning import (
     LRPE,
     SGLU,
@@ -27,12 +29,16 @@ from tilewise.recurrence.per_channel import elementwise
 from tilewise.recurrence.rat import RAT, RATState
 from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
+from tilewise.recurrence.tnt import TNT, TNTState
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
 
 __all__ = [
     "Attention",
     "Block",
+    "BlockEmbedder",
     "BlockState",
+    "BlockTransformer",
+    "BlockTransformerState",
     "Cache",
     "Carried",
     "DeltaNet",
@@ -47,6 +53,8 @@ __all__ = [
     "LaCT",
     "LaCTState",
     "LatentAttention",
+    "Learner",
+    "Lessons",
     "Lightning",
     "LightningState",
     "LinearAttention",
@@ -66,6 +74,8 @@ __all__ = [
     "State",
     "SwiGLU",
     "TNL",
+    "TNT",
+    "TNTState",
     "TransNormer",
     "elementwise",
     "empty_state",
