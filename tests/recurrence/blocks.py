@@ -36,8 +36,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "block": block,
     "block-cut": lambda: block(cut=True),
     "block-vanilla": lambda: vanilla(4, 2 * WIDTH),  # as many layers of one size
-    # As many bytes read from caches: one key and value of two numbers a layer; as many parameters as "block".
-    "block-equal": lambda: vanilla(2, 240, heads=20, kv_heads=1),
+    # As many parameters, and no fewer bytes read from caches: one key and value of two numbers in each of 3 layers.
+    "block-equal": lambda: vanilla(3, 4 * WIDTH, heads=20, kv_heads=1),
 }
 
 

@@ -1,5 +1,7 @@
-"""The small models of the evidence on TNT, what they are measured against; `training/train_tnt.py` trains
-them."""
+"""Small models with memories that learn as they read, and what they are measured against.
+
+`training/train_memories.py` trains them.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from tests.recurrence.decays import BYTES, WEIGHTS
-from tilewise.recurrence import TNT, ModelConfig, SequenceModel
+from tilewise.recurrence import TNT, LaCT, ModelConfig, SequenceModel
 
 LENGTH, WIDTH = 512, 32
-TWO_SCALES: dict[str, Any] = {"far": 128, "near": (16,), "shard": 64}
-REFINED = (4,)  # chunks of the second stage
+TWO_SCALES: dict[str, Any] = {"memories": 2, "far": 128, "near": (16,), "shard": 64}
+REFINED = (4,)  # chunks of TNT's second stage
 
-# What training began with; "-refined" models went on from these in smaller chunks, "-longer" ones as they
-# were.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "tnt": TWO_SCALES,
-    "tnt-plain": {"far": None, "near": (8,), "shard": None},  # one memory of small chunks, never reset
-    "tnt-no-near": TWO_SCALES | {"near": ()},
-    "tnt-no-far": TWO_SCALES | {"far": None},
-    "tnt-no-projection": TWO_SCALES | {"project": False},
+# Mixers of both layers and their settings. "tnt-refined" and "tnt-longer" went on from "tnt".
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tnt": ("tnt", TWO_SCALES),
+    "tnt-plain": ("tnt", {"memories": 2, "far": None, "near": (8,), "shard": None}),  # small chunks, no reset
+    "tnt-no-near": ("tnt", TWO_SCALES | {"near": ()}),
+    "tnt-no-far": ("tnt", TWO_SCALES | {"far": None}),
+    "tnt-no-projection": ("tnt", TWO_SCALES | {"project": False}),
+    "lact-16": ("lact", {"chunk": 16, "window": 16, "rate": 0.1}),
+    "lact-64": ("lact", {"chunk": 64, "window": 16, "rate": 0.1}),
+    "lact-256": ("lact", {"chunk": 256, "window": 16, "rate": 0.1}),
+    "lact-none": ("lact", {"chunk": 64, "window": 16, "rate": 0.1}),  # its memory is never heard
 }
 
 
 def built(name: str) -> SequenceModel:
     """Two layers, untrained."""
-    options = {"memories": 2} | SETTINGS[name.removesuffix("-refined").removesuffix("-longer")]
-    return SequenceModel(ModelConfig(BYTES, WIDTH, ("tnt", "tnt"), {"tnt": options}, 2 * WIDTH))
+    kind, options = SETTINGS[name.removesuffix("-refined").removesuffix("-longer")]
+    model = SequenceModel(ModelConfig(BYTES, WIDTH, (kind, kind), {kind: options}, 2 * WIDTH))
+    return silenced(model) if name == "lact-none" else model
+
+
+def silenced(model: SequenceModel) -> SequenceModel:
+    """The same model of LaCT, in which memories say nothing, and learn nothing in training."""
+    for block in model.blocks:
+        assert isinstance(block.mixer, LaCT)
+        for part in block.mixer.share.parameters():
+            part.detach().zero_()
+            part.requires_grad_(False)
+    return model
 
 
 def refine(model: SequenceModel, near: tuple[int, ...] = REFINED) -> SequenceModel:
-    """The same model, its local memories learning in other chunks from now on."""
+    """The same model of TNT, its local memories learning in other chunks from now on."""
     for block in model.blocks:
-        mixer = block.mixer
-        assert isinstance(mixer, TNT)
-        mixer.refine(near)
+        assert isinstance(block.mixer, TNT)
+        block.mixer.refine(near)
     return model
 
 

@@ -13,7 +13,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated-delta-net": {"heads": 2, "reach": 2.0},
     "gla": {"heads": 2, "rank": 4, "conv": 3},
     "kda": {"heads": 2},
-    "lact": {"heads": 2, "memories": 2, "chunk": 16, "rate": 0.1},
+    "lact": {"heads": 2, "memories": 2, "chunk": 16, "window": 7, "rate": 0.1},
     "lightning": {"heads": 2, "lrpe": True},
     "linear": {"heads": 2, "conv": 3},
     "mla": {"heads": 2, "rope_dim": 4, "latent": 12},

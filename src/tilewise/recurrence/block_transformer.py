@@ -68,7 +68,8 @@ class BlockEmbedder(nn.Module):
 
 
 class BlockTransformer(nn.Module):
-    """Attention to blocks far away and to tokens nearby: a language model (Ho et al., 2024, arXiv 2406.02657).
+    """Attention to blocks far away and to tokens nearby: a language model (Ho et al., 2024, arXiv
+    2406.02657).
 
     An embedder turns every `block` tokens into one vector. The block decoder, a causal Transformer over those
     vectors, gives at each block the context of the next one. The token decoder, a causal Transformer that

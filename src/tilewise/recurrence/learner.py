@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from tilewise.recurrence.fast_weights import FastWeights, Lessons
+from tilewise.recurrence.rows import Rows
 from tilewise.recurrence.state import Carried
+
+
+def plain(weights: FastWeights, step: FastWeights) -> FastWeights:
+    """Plain gradient descent."""
+    return weights.moved(step, None)
+
+
+Update = Callable[[FastWeights, FastWeights], FastWeights]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +41,9 @@ class Learner(Carried):
         """After more tokens of the chunk."""
         return Learner(self.weights, self.step.moved(lessons.step, None))
 
-    def ended(self, rows: Tensor) -> Learner:
+    def ended(self, rows: Tensor, update: Update) -> Learner:
         """The sequences in `rows` (bool `[S]`) begin their next chunk."""
-        after = Learner.fresh(self.weights.moved(self.step, None))
+        after = Learner.fresh(update(self.weights, self.step))
         return after if bool(rows.all()) else after.where(rows, self)
 
     def where(self, rows: Tensor, other: Learner) -> Learner:
@@ -42,8 +51,7 @@ class Learner(Carried):
         return Learner(self.weights.where(rows, other.weights), self.step.where(rows, other.step))
 
     def then(self, first: Learner, shards: int) -> Learner:
-        """`[S * shards]` learners: the first shard of each sequence goes on from this, the others begin as
-        `first`."""
+        """`[S * shards]` learners: each sequence's first shard goes on from this, others begin as `first`."""
         if shards == 1:
             return self
         parts: list[FastWeights] = []
@@ -63,29 +71,59 @@ def pieces(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
+Read = Callable[[Learner, slice, Lessons], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Rows of T places, counted from a chunk's border.
+
+    Attributes:
+        start: the first place. filled, ends: int64 `[S]`; row s has tokens of earlier calls before
+            `filled[s]`, and its last one before `ends[s]`.
+    """
+
+    start: int
+    filled: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> Places:
+        """Of whole rows."""
+        return cls(rows.start, rows.filled, rows.ends)
+
+    def sharded(self, shards: int, length: int) -> Places:
+        """Of each row cut into shards of so many places, `[S * shards]`."""
+        before = torch.arange(shards, device=self.ends.device) * length
+        filled, ends = ((x.unsqueeze(1) - before).clamp(min=0).flatten() for x in (self.filled, self.ends))
+        return Places(self.start, filled, ends)
+
+
 def walk(
     learner: Learner,
-    k: Tensor,
-    v: Tensor,
-    rates: Tensor,
-    read: Callable[[Learner, slice, Lessons], Tensor],
+    told: tuple[Tensor, Tensor, Tensor],
     chunk: int,
-    start: int,
-    filled: Tensor,
-    ends: Tensor,
+    places: Places,
+    read: Read,
+    *,
+    loss: str = "square",
+    update: Update = plain,
 ) -> tuple[Tensor, Learner]:
     """A memory through T places, a chunk at a time: what `read` finds, `[S, M, T, D]`, and how it is left.
 
-    Places are counted from a chunk's border; the first is `start`. Row s has tokens of earlier calls before
-    `filled[s]` and its last before `ends[s]`; keys, values and rates are 0 where it has none.
+    Args:
+        learner: of each row. told: keys and values `[S, M, T, D]`, rates `[S, M, T, 3]`, which are 0 where a
+            row has no token. chunk: tokens of an update. places: of the rows. read: given the memory as it
+            was before a chunk's part, which places that part is, and what its tokens will add, says what they
+            read. loss: as in `FastWeights.descent`. update: makes the next chunk's weights of a chunk's
+            weights and their step.
     """
-    found = []
-    for begin, end in pieces(start, start + k.shape[2], chunk):
-        part = slice(begin - start, end - start)
-        rate = rates[:, :, part].unsqueeze(3).expand(-1, -1, -1, 3)
-        lessons = learner.weights.lessons(k[:, :, part], v[:, :, part], rate, "square")
+    found, (k, v, rates) = [], told
+    for begin, end in pieces(places.start, places.start + k.shape[2], chunk):
+        part = slice(begin - places.start, end - places.start)
+        lessons = learner.weights.lessons(k[:, :, part], v[:, :, part], rates[:, :, part], loss)
         found.append(read(learner, part, lessons))
         learner = learner.told(lessons)
         if end % chunk == 0:
-            learner = learner.ended((ends >= end) & (filled < end))
+            learner = learner.ended((places.ends >= end) & (places.filled < end), update)
     return (torch.cat(found, 2) if found else v), learner

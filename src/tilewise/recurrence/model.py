@@ -32,7 +32,8 @@ class ModelConfig:
 
     Args:
         vocabulary: tokens known. width: of the residual stream.
-        layers: a mixer's name for each layer, so hybrids are sequences such as ("kda", "kda", "kda", "attention").
+        layers: a mixer's name for each layer, so hybrids are sequences such as ("kda", "kda", "kda",
+            "attention").
         options: settings of each named mixer, such as {"gla": {"heads": 4}}.
         hidden: of the channel mixer (SwiGLU); None is 8/3 of the width, 0 leaves channel mixers out.
         tied: whether the output layer shares the embedding's weights.
@@ -93,8 +94,9 @@ class Block(nn.Module):
 class SequenceModel(nn.Module):
     """A language model of any mixers, with one state for each layer.
 
-    `forward` takes tokens int64 `[B, N]`, the states of an earlier call or None, `mask` and `cu_seqlens` as mixers
-    do, and gives logits `[B, N, vocabulary]` and the states. Split a sequence anywhere and hand the states on.
+    `forward` takes tokens int64 `[B, N]`, the states of an earlier call or None, `mask` and `cu_seqlens` as
+    mixers do, and gives logits `[B, N, vocabulary]` and the states. Split a sequence anywhere and hand the
+    states on.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -140,8 +142,8 @@ class SequenceModel(nn.Module):
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Tensor:
-        """The next `count` tokens of each row, int64 `[B, count]`: the likeliest, or drawn at a temperature above
-        0. `mask` is False for padding of the prompts, on either side."""
+        """The next `count` tokens of each row, int64 `[B, count]`: the likeliest, or drawn at a temperature
+        above 0. `mask` is False for padding of the prompts, on either side."""
         return generated(self, tokens, count, mask=mask, temperature=temperature, seed=seed)
 
 
@@ -157,8 +159,8 @@ def generated(
 ) -> Tensor:
     """Tokens int64 `[B, count]` that continue each row of `tokens [B, N]`, one call of the model for each.
 
-    `model(tokens, state, mask=...)` gives logits and the state, as `SequenceModel` does. Raises ValueError for a
-    prompt without a token.
+    `model(tokens, state, mask=...)` gives logits and the state, as `SequenceModel` does. Raises ValueError
+    for a prompt without a token.
     """
     if not tokens.shape[1] or (mask is not None and not bool(mask.any(1).all())):
         raise ValueError("tokens must hold a token in each row to continue, got a row of none")

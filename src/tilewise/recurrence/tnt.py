@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tilewise.recurrence.api import scan
 from tilewise.recurrence.fast_weights import FastWeights, Lessons
-from tilewise.recurrence.learner import Learner, walk
+from tilewise.recurrence.learner import Learner, Places, walk
 from tilewise.recurrence.mixer import HeadNorm, Mixer, check_width, from_heads, to_heads, wide
 from tilewise.recurrence.model import mixer
 from tilewise.recurrence.rows import Rows
@@ -119,11 +119,10 @@ class TNT(Mixer):
         return max(near, default=1) if self.shard is None else self.shard
 
     def refine(self, near: tuple[int, ...]) -> None:
-        """Local memories learn in chunks of these sizes from now on: the second stage, before some more
-        training.
+        """The second stage, before some more training: local memories learn in chunks of these sizes from now
+        on.
 
-        Raises ValueError for sizes that do not divide the shard, and for more or fewer memories than there
-        are.
+        Raises ValueError for sizes that do not divide the shard, and where they are not one for each memory.
         """
         if len(near) != len(self.near):
             raise ValueError(f"near must be {len(self.near)} sizes, one for each local memory, got {near!r}")
@@ -163,13 +162,14 @@ class TNT(Mixer):
         count = torch.zeros(sequences, dtype=torch.int64, device=x.device)
         return TNTState(far, tuple(made), keys, (), count)
 
-    def _taken(self, rows: Rows, told: tuple[Tensor, ...], shards: int) -> list[Tensor]:
-        """Queries, keys, values and rates as `[S * shards, M, T, ...]`, zeros where no new token stands."""
+    def _taken(self, rows: Rows, told: tuple[Tensor, ...], shards: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values `[S * shards, M, T, D]` and rates `[memory, S * shards, M, T, 3]`; 0 where
+        no new token stands."""
         length = rows.tokens.shape[1] // shards
         parts = [rows.take(part).unflatten(1, (shards, length)).flatten(0, 1) for part in told]
-        return [to_heads(part, self.memories) for part in parts[:3]] + [
-            parts[3].unflatten(2, (-1, self.memories)).permute(2, 0, 3, 1)  # [memory, s, m, t]
-        ]
+        q, k, v = (to_heads(part, self.memories) for part in parts[:3])
+        rates = parts[3].unflatten(2, (-1, self.memories)).permute(2, 0, 3, 1)
+        return q, k, v, rates.unsqueeze(4).expand(-1, -1, -1, -1, 3)
 
     def _far(self, rows: Rows, told: tuple[Tensor, ...], learner: Learner) -> tuple[Tensor, Learner]:
         """What the global memory says, `[B, N, width]`, and how it is left."""
@@ -178,23 +178,19 @@ class TNT(Mixer):
         def read(learner: Learner, part: slice, lessons: Lessons) -> Tensor:
             return learner.weights(q[:, :, part])
 
-        out, learner = walk(learner, k, v, rates[0], read, rows.chunk, rows.start, rows.filled, rows.ends)
+        out, learner = walk(learner, (k, v, rates[0]), rows.chunk, Places.of(rows), read)
         return rows.put(from_heads(out)), learner
 
     def _near(
         self, rows: Rows, told: tuple[Tensor, ...], state: TNTState
     ) -> tuple[Tensor, tuple[Learner, ...], Tensor]:
-        """What the local memories say, `[B, N, width]`, how they are left, and the sum of their shard's
-        keys."""
+        """What the local memories say, `[B, N, width]`, how they are left, and their shard's sum of keys."""
         if not self.near or not rows.chunks:
             return torch.zeros_like(told[0]), state.near, state.keys
         shards = 1 if self.shard is None else rows.chunks
         q, k, v, rates = self._taken(rows, told, shards)
         ask, keys = self._projected(q, k, state.keys, shards)
-        before = torch.arange(shards, device=q.device) * (rows.tokens.shape[1] // shards)
-        filled, ends = (
-            (part.unsqueeze(1) - before).clamp(min=0).flatten() for part in (rows.filled, rows.ends)
-        )
+        places = Places.of(rows).sharded(shards, rows.tokens.shape[1] // shards)
         last, anew = self._behind(rows, shards)
 
         def read(learner: Learner, part: slice, lessons: Lessons) -> Tensor:
@@ -205,23 +201,21 @@ class TNT(Mixer):
             self.near, rates[-len(self.near) :], state.near, self._empty(len(last), told[0]).near
         ):
             begun = learner.then(first, shards)
-            found, made = walk(begun, k, v, rate, read, chunk, rows.start, filled, ends)
+            found, made = walk(begun, (k, v, rate), chunk, places, read)
             out = out + found
             after.append(first.where(anew, made.select(last)))
         keys = keys[last].masked_fill(anew.view(-1, 1, 1, 1), 0)
         return rows.put(from_heads(out).unflatten(0, (-1, shards)).flatten(1, 2)), tuple(after), keys
 
     def _behind(self, rows: Rows, shards: int) -> tuple[Tensor, Tensor]:
-        """The shard that is open behind each row, of all rows' shards, and whether none of its tokens is read
-        yet."""
+        """Which of all rows' shards is open behind each row, and whether none of its tokens is read yet."""
         own = shards * torch.arange(len(rows.lengths), device=rows.ends.device)
         if self.shard is None:
             return own, torch.zeros_like(own, dtype=torch.bool)
         return own + (rows.ends // self.shard).clamp(max=shards - 1), rows.ends % self.shard == 0
 
     def _projected(self, q: Tensor, k: Tensor, keys: Tensor, shards: int) -> tuple[Tensor, Tensor]:
-        """Queries in the span of the keys up to their own, of length 1, and the sums of `k k^T` behind each
-        shard."""
+        """Queries in the span of the keys up to their own, of length 1, and each shard's sum of `k k^T`."""
         if not self.project:
             return q, keys.repeat_interleave(shards, 0)
         first = torch.cat((keys.unsqueeze(1), keys.new_zeros(len(keys), shards - 1, *keys.shape[1:])), 1)
