@@ -8,17 +8,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tests.recurrence.decays import BYTES, WEIGHTS
 from tilewise.recurrence import TNT, LaCT, ModelConfig, SequenceModel
 
-LENGTH, WIDTH = 512, 32
-TWO_SCALES: dict[str, Any] = {"memories": 2, "far": 128, "near": (16,), "shard": 64}
-REFINED = (4,)  # chunks of TNT's second stage
+WIDTH = 32
+TEXT = 512  # bytes of a piece of text in training
+PAIRS, KEYS, VALUES = 32, 32, 16  # of a stream, and of what it is made
+SHARD = 16
+TWO_SCALES: dict[str, Any] = {"memories": 1, "far": SHARD, "near": (4,), "shard": SHARD, "rate": 4.0}
+REFINED = (1,)  # chunks of TNT's second stage
 
-# Mixers of both layers and their settings. "tnt-refined" and "tnt-longer" went on from "tnt".
+# Mixers and their settings. Those of TNT recall from streams, one layer; those of LaCT read text, two layers.
+# "tnt-refined" and "tnt-longer" went on from "tnt".
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tnt": ("tnt", TWO_SCALES),
-    "tnt-plain": ("tnt", {"memories": 2, "far": None, "near": (8,), "shard": None}),  # small chunks, no reset
+    "tnt-plain": (
+        "tnt",
+        TWO_SCALES | {"far": None, "shard": None},
+    ),  # one memory of small chunks, never reset
     "tnt-no-near": ("tnt", TWO_SCALES | {"near": ()}),
     "tnt-no-far": ("tnt", TWO_SCALES | {"far": None}),
     "tnt-no-projection": ("tnt", TWO_SCALES | {"project": False}),
@@ -30,10 +40,50 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def built(name: str) -> SequenceModel:
-    """Two layers, untrained."""
+    """Untrained."""
     kind, options = SETTINGS[name.removesuffix("-refined").removesuffix("-longer")]
-    model = SequenceModel(ModelConfig(BYTES, WIDTH, (kind, kind), {kind: options}, 2 * WIDTH))
+    vocabulary, layers = (KEYS + VALUES, 1) if kind == "tnt" else (BYTES, 2)
+    model = SequenceModel(ModelConfig(vocabulary, WIDTH, (kind,) * layers, {kind: options}, 2 * WIDTH))
     return silenced(model) if name == "lact-none" else model
+
+
+def streams(count: int, gen: torch.Generator, pairs: int = PAIRS) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of key and value, one after the other: tokens, targets and distances, int64 `[count, 2 * pairs]`.
+
+    Half of the keys are new and get a value drawn at random. The others were told before, half of these among the
+    last four new ones: their value is the target at the key, and the distance is how many tokens ago it was told.
+    Elsewhere the target is -100 and the distance 0.
+    """
+    tokens = torch.zeros(count, 2 * pairs, dtype=torch.int64)
+    targets, distances = torch.full_like(tokens, -100), torch.zeros_like(tokens)
+    draws = torch.rand(count, pairs, 4, generator=gen).tolist()
+    order = torch.rand(count, KEYS, generator=gen).argsort(1).tolist()
+    for b in range(count):
+        told: list[tuple[int, int, int]] = []  # key, value, where
+        for i, (kind, near, which, value) in enumerate(draws[b]):
+            if told and (kind < 0.5 or len(told) == KEYS):
+                among = told[-4:] if near < 0.5 else told
+                key, answer, where = among[int(which * len(among))]
+                targets[b, 2 * i], distances[b, 2 * i] = answer, 2 * i - where
+            else:
+                key, answer = order[b][len(told)], KEYS + int(value * VALUES)
+                told.append((key, answer, 2 * i))
+            tokens[b, 2 * i], tokens[b, 2 * i + 1] = key, answer
+    return tokens, targets, distances
+
+
+@torch.no_grad()
+def recalled(model: SequenceModel, count: int = 200, pairs: int = PAIRS) -> dict[str, float]:
+    """Shares of right answers on fresh streams: of what was told in the same shard, and in earlier ones."""
+    tokens, targets, distances = streams(count, torch.Generator().manual_seed(99), pairs)
+    right = model(tokens)[0].argmax(-1) == targets
+    places = torch.arange(tokens.shape[1])
+    same = (places - distances) // SHARD == places // SHARD
+    asked = targets >= 0
+    return {
+        name: float(right[asked & part].double().mean())
+        for name, part in (("here", same), ("before", ~same), ("all", asked))
+    }
 
 
 def silenced(model: SequenceModel) -> SequenceModel:

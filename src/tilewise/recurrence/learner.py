@@ -12,13 +12,18 @@ from tilewise.recurrence.fast_weights import FastWeights, Lessons
 from tilewise.recurrence.rows import Rows
 from tilewise.recurrence.state import Carried
 
+Update = Callable[[FastWeights, FastWeights], FastWeights]
+
 
 def plain(weights: FastWeights, step: FastWeights) -> FastWeights:
     """Plain gradient descent."""
     return weights.moved(step, None)
 
 
-Update = Callable[[FastWeights, FastWeights], FastWeights]
+def keeping(first: FastWeights) -> Update:
+    """Plain gradient descent, then all rows of the weights as long as those of `first`."""
+    lengths = first.lengths
+    return lambda weights, step: weights.moved(step, lengths)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tilewise.recurrence.api import scan
 from tilewise.recurrence.fast_weights import FastWeights, Lessons
-from tilewise.recurrence.learner import Learner, Places, walk
+from tilewise.recurrence.learner import Learner, Places, keeping, walk
 from tilewise.recurrence.mixer import HeadNorm, Mixer, check_width, from_heads, to_heads, wide
 from tilewise.recurrence.model import mixer
 from tilewise.recurrence.rows import Rows
@@ -50,8 +50,10 @@ class TNT(Mixer):
 
     The second stage of training is `refine`, and some more steps with smaller chunks.
 
-    Differs from the paper in that f is SwiGLU, in that the projected query is brought to length 1, as keys
-    are (its length otherwise grows with the shard), and in what is around the memories, which it does not
+    Differs from the paper in that f is SwiGLU; in that the rows of its weights are brought back to the length
+    they began with at each chunk's end, as LaCT has it (without, a memory that is not reset diverged in
+    training); in that the projected query is brought to length 1, as keys are (its length otherwise grows
+    with the shard); and in what is around the memories, which it does not
     tell: short convolutions and `silu` before them, a norm by head and a gate after them. Rates are a
     softplus of the token, one for each memory.
 
@@ -178,7 +180,8 @@ class TNT(Mixer):
         def read(learner: Learner, part: slice, lessons: Lessons) -> Tensor:
             return learner.weights(q[:, :, part])
 
-        out, learner = walk(learner, (k, v, rates[0]), rows.chunk, Places.of(rows), read)
+        told, places = (k, v, rates[0]), Places.of(rows)
+        out, learner = walk(learner, told, rows.chunk, places, read, update=keeping(self._first(0)))
         return rows.put(from_heads(out)), learner
 
     def _near(
@@ -197,11 +200,11 @@ class TNT(Mixer):
             return learner.weights.moved(learner.step, None).read_along(ask[:, :, part], lessons)
 
         out, after = torch.zeros_like(q), []
-        for chunk, rate, learner, first in zip(
-            self.near, rates[-len(self.near) :], state.near, self._empty(len(last), told[0]).near
-        ):
+        firsts = [self._first(i) for i in range(len(self.gate) - len(self.near), len(self.gate))]
+        for chunk, rate, learner, weights in zip(self.near, rates[-len(self.near) :], state.near, firsts):
+            first = Learner.fresh(weights.map(lambda w: w.expand(len(last), -1, -1, -1)))
             begun = learner.then(first, shards)
-            found, made = walk(begun, (k, v, rate), chunk, places, read)
+            found, made = walk(begun, (k, v, rate), chunk, places, read, update=keeping(weights))
             out = out + found
             after.append(first.where(anew, made.select(last)))
         keys = keys[last].masked_fill(anew.view(-1, 1, 1, 1), 0)
