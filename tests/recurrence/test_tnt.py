@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.recurrence import memory_models
 from tilewise.recurrence import TNT, FastWeights
 
 WIDTH, HEADS = 8, 2
@@ -185,31 +184,6 @@ def test_a_training_step_takes_less_time_than_with_small_chunks_alone():
         "plain": step_time(TNT(32, far=None, shard=None, **common)),
     }
     assert times["plain"] > 3 * times["both"] and times["no reset"] > times["plain"], times
-
-
-def recalled(name: str) -> dict[str, float]:
-    return memory_models.recalled(memory_models.load(name))
-
-
-@pytest.mark.evidence
-def test_trained_as_long_it_recalls_no_less_than_small_chunks_alone():
-    """Values of keys told in the same shard and in earlier ones, of streams of pairs, after as many steps.
-
-    The controls: without local memories nothing of the open chunk is known, without the global one nothing from
-    beyond the shard.
-    """
-    names = ("tnt", "tnt-plain", "tnt-no-near", "tnt-no-far")
-    found = {name: recalled(name) for name in names}
-    print(found)
-
-
-@pytest.mark.evidence
-def test_the_second_stage_makes_smaller_chunks_pay():
-    """Local chunks of 1 in place of 4. The controls: smaller chunks without the second stage, and as many more
-    steps without smaller chunks."""
-    found = {name: recalled(name)["all"] for name in ("tnt", "tnt-refined", "tnt-longer")}
-    found["unprepared"] = memory_models.recalled(memory_models.refine(memory_models.load("tnt")))["all"]
-    print(found)
 
 
 def test_bad_arguments():
