@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -193,13 +193,14 @@ class BlockTransformer(nn.Module):
         if state is None:
             x = torch.cat((self.start.to(x.dtype).expand(len(full), 1, -1), x), 1)
             there = torch.cat((torch.ones_like(full, dtype=torch.bool).unsqueeze(1), there), 1)
-        caches = [None] * len(self.block_decoder) if state is None else state.blocks
+        before = [None] * len(self.block_decoder) if state is None else state.blocks
+        caches: Sequence[Cache] = () if state is None else state.blocks
         if x.shape[1]:
-            x, caches = _run(self.block_decoder, x, caches, None if bool(there.all()) else there)
+            x, caches = _run(self.block_decoder, x, before, None if bool(there.all()) else there)
         made = self.expand(self.block_norm(x)).unflatten(2, (self.prefix, self.width))
         if state is not None:
             made = torch.cat((made.new_zeros(len(full), 1, self.prefix, self.width), made), 1)
-        return made, tuple(cast(list[Cache], caches))
+        return made, tuple(caches)
 
     def _tokens(
         self, rows: Rows, whole: Tensor, contexts: Tensor, state: BlockTransformerState | None

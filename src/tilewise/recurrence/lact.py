@@ -19,7 +19,7 @@ from tilewise.recurrence.mixer import HeadNorm, Mixer, check_width, from_heads, 
 from tilewise.recurrence.model import mixer
 from tilewise.recurrence.rows import Rows
 from tilewise.recurrence.state import Carried
-from tilewise.tiles import Causal, Mask, Window
+from tilewise.tiles import Causal, Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +136,9 @@ class LaCT(Mixer):
         q, k, v, places, real = (part[:, :used] for part in (*parts, places, rows.real))
         tokens = None if bool(real.all()) else real
         read, after = near.then((k, v), tokens)
+        seen = visible(self.window, places, near, tokens, fresh)
         if fresh and tokens is None:  # nothing came before: no places to hide
-            read, seen = (k, v), cast(Mask, Causal() & Window(self.window - 1, 0))
-        else:
-            seen = visible(self.window, places, near, tokens, fresh)
+            read, seen = (k, v), Causal() & Window(self.window - 1, 0)
         q, k, v = (to_heads(part, self.heads) for part in (q, *read))
         out = from_heads(cast(Tensor, attend(q, k, v, mask=seen)))
         return F.pad(out, (0, 0, 0, length - used)), after

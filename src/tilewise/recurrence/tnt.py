@@ -143,7 +143,7 @@ class TNT(Mixer):
             state = self._empty(len(near.lengths), x)
         out, locals_, keys = self._near(near, told, state)
         after = state.far
-        if state.far is not None:
+        if self.far is not None and state.far is not None:
             rows = Rows.of(x, count, self.far, mask, cu_seqlens)
             found, after = self._far(rows, told, state.far)
             out = out + found
