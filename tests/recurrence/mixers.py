@@ -15,7 +15,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gla": {"heads": 2, "rank": 4, "conv": 3},
     "gru": {"heads": 4, "conv": 2},
     "kda": {"heads": 2},
-    "lact": {"heads": 2, "memories": 2, "chunk": 16, "rate": 0.1},
+    "lact": {"heads": 2, "memories": 2, "chunk": 16, "window": 7, "rate": 0.1},
     "lightning": {"heads": 2, "lrpe": True},
     "linear": {"heads": 2, "conv": 3},
     "mamba": {"states": 5},
@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlstm-sig": {"heads": 2, "chunk": 64, "input_bias": -2.0},
     "norm-attention": {"heads": 2},
     "rat": {"heads": 4, "chunk": 8, "groups": 2},
+    "tnt": {"memories": 2, "far": 32, "near": (2, 8), "shard": 16, "rate": 2.0},
     "sliding-window": {"heads": 2, "window": 11},
     "slstm": {"heads": 2, "inputs": "heads", "conv": 3},
 }

@@ -8,6 +8,9 @@ from tilewise.recurrence.distil import Pair, distil
 from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
 from tilewise.recurrence.flash_rnn import FlashRNN, FlashRNNState
 from tilewise.recurrence.gated import GatedState, explain_gated, gated_rnn
+from tilewise.recurrence.block_transformer import BlockEmbedder, BlockTransformer, BlockTransformerState
+from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
+from tilewise.recurrence.fast_weights import FastWeights, Lessons, orthogonal, read_chunk
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
 from tilewise.recurrence.hyper_kernels import ContextKernel, HyperKernel
@@ -16,6 +19,7 @@ from tilewise.recurrence.inline import InLine, spread
 from tilewise.recurrence.kda import KDA
 from tilewise.recurrence.lact import LaCT, LaCTState
 from tilewise.recurrence.lawcat import LAWCAT, LAWCATState, LinearizedAttention
+from tilewise.recurrence.learner import Learner
 from tilewise.recurrence.lightning import (
     LRPE,
     SGLU,
@@ -49,6 +53,7 @@ from tilewise.recurrence.short_conv import ShortConv
 from tilewise.recurrence.state import Carried, State
 from tilewise.recurrence.terminator import HyperZZW, LocalHyperZZW, SFNEBlock, Terminator
 from tilewise.recurrence.ternary import BitLinear, PackedBitLinear, packed
+from tilewise.recurrence.tnt import TNT, TNTState
 from tilewise.recurrence.transnormer import BlockState, DiagonalAttention, NormAttention, TransNormer
 from tilewise.recurrence.vision import VisionMixer
 from tilewise.recurrence.voxel_conv import SubmanifoldConv3d
@@ -63,6 +68,10 @@ __all__ = [
     "BlockLinearAttention",
     "BlockState",
     "BlocksSeen",
+    "BlockEmbedder",
+    "BlockState",
+    "BlockTransformer",
+    "BlockTransformerState",
     "Cache",
     "Carried",
     "ContextKernel",
@@ -91,6 +100,8 @@ __all__ = [
     "LaCTState",
     "LatentAttention",
     "LiT",
+    "Learner",
+    "Lessons",
     "Lightning",
     "LightningState",
     "LinFusion",
@@ -129,6 +140,8 @@ __all__ = [
     "SwiGLU",
     "TNL",
     "Terminator",
+    "TNT",
+    "TNTState",
     "TransNormer",
     "VisionMixer",
     "Voxels",

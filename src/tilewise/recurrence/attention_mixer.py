@@ -21,7 +21,8 @@ class Cache(Carried):
     """What attention keeps of the tokens that each of S sequences has seen.
 
     Attributes:
-        parts: `[S, T, ...]` each, such as keys and values; newest tokens last, places before the first hold 0.
+        parts: `[S, T, ...]` each, such as keys and values; newest tokens last, places before the first hold
+            0.
         seen: int64 `[S]`, tokens seen, of which the last `min(seen, T)` are kept.
         window: None where T grows with the longest sequence, or T, which is then constant.
     """
@@ -66,6 +67,22 @@ class Cache(Carried):
         return read, after
 
 
+def visible(window: int | None, positions: Tensor, cache: Cache, tokens: Tensor | None, fresh: bool) -> Mask:
+    """What queries at `positions` int64 `[S, N]` see of a cache's places and then of their own.
+
+    Causal, within the last `window` tokens (None: all), padding and empty places hidden. `tokens` bool `[S,
+    N]` is False for padding; `fresh`: nothing is in the cache yet.
+    """
+    seen: Mask = Causal() if window is None else Causal() & Window(window - 1, 0)
+    kept = cache.parts[0].shape[1]
+    if fresh and tokens is None and not kept:
+        return seen  # positions are the usual ones, which engines know short cuts for
+    new = torch.ones_like(positions, dtype=torch.bool) if tokens is None else tokens
+    old = cache.seen.unsqueeze(1) - torch.arange(kept, 0, -1, device=positions.device)
+    keys = torch.cat((old, positions), 1).unsqueeze(1)
+    return (seen & Padding(torch.cat((cache.there(), new), 1))).at(positions.unsqueeze(1), keys)
+
+
 class _CacheMixer(Mixer):
     """What mixers with a cache share: packed sequences made rows, positions, masks."""
 
@@ -104,20 +121,9 @@ class _CacheMixer(Mixer):
             positions = cache.seen.unsqueeze(1) + (tokens.long().cumsum(1) - 1).clamp(min=0)
             x = x.masked_fill(~tokens.unsqueeze(2), 0)
         out, after = self.read(
-            x, positions, cache, tokens, self._mask(positions, cache, tokens, state is None)
+            x, positions, cache, tokens, visible(self.window, positions, cache, tokens, state is None)
         )
         return (out if tokens is None else out.masked_fill(~tokens.unsqueeze(2), 0)), after
-
-    def _mask(self, positions: Tensor, cache: Cache, tokens: Tensor | None, fresh: bool) -> Mask:
-        """Causal, within the window, padding and empty places hidden, for old places and then new ones."""
-        seen: Mask = Causal() if self.window is None else Causal() & Window(self.window - 1, 0)
-        kept = cache.parts[0].shape[1]
-        if fresh and tokens is None and not kept:
-            return seen  # positions are the usual ones, which engines know short cuts for
-        new = torch.ones_like(positions, dtype=torch.bool) if tokens is None else tokens
-        old = cache.seen.unsqueeze(1) - torch.arange(kept, 0, -1, device=positions.device)
-        keys = torch.cat((old, positions), 1).unsqueeze(1)
-        return (seen & Padding(torch.cat((cache.there(), new), 1))).at(positions.unsqueeze(1), keys)
 
     def _packed(self, x: Tensor, state: Cache | None, offsets: Tensor) -> tuple[Tensor, Cache]:
         """Sequences as rows with padding behind them, and back."""
@@ -133,10 +139,12 @@ class _CacheMixer(Mixer):
 
 @mixer("attention")
 class Attention(_CacheMixer):
-    """Causal softmax attention (Vaswani et al., 2017, arXiv 1706.03762), with grouped heads and rotary positions.
+    """Causal softmax attention (Vaswani et al., 2017, arXiv 1706.03762), with grouped heads and rotary
+    positions.
 
     Args:
-        width: of the inputs. heads: of queries. kv_heads: of keys and values, which divide them; None is as many.
+        width: of the inputs. heads: of queries. kv_heads: of keys and values, which divide them; None is as
+            many.
         rope_base: of the rotations' frequencies, of neighbouring features; None does without positions.
 
     The state is a `Cache` of keys and values. Raises ValueError for sizes that do not divide.
@@ -196,7 +204,8 @@ class LatentAttention(_CacheMixer):
     Args:
         width: of the inputs. heads: their number. head_dim: of keys and values; None is width / heads.
         latent: width of what is kept of a token, for all heads together; None is twice head_dim.
-        rope_dim: of the rotated part of keys; 0 is no positions, as Kimi Linear has it. query_latent: as in MLA.
+        rope_dim: of the rotated part of keys; 0 is no positions, as Kimi Linear has it. query_latent: as in
+            MLA.
 
     Raises ValueError for sizes that do not divide.
     """

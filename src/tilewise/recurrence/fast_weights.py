@@ -1,8 +1,9 @@
-"""Weights that are trained while they are used: a SwiGLU memory, its gradient written out, and its updates."""
+"""Weights that are trained while they are used: a SwiGLU memory, its gradient and its updates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,26 @@ MUON = (
     (2.8366, -3.0525, 1.2012),
 )
 LOSSES = ("dot", "square")
+
+
+class Lessons(NamedTuple):
+    """What each of T tokens adds to a memory: to gate `gate key^T`, to up `up key^T`, to down `down
+    hidden^T`.
+
+    Attributes:
+        key: `[S, H, T, D]`. hidden, gate, up: `[S, H, T, D_h]`. down: `[S, H, T, D]`.
+    """
+
+    key: Tensor
+    hidden: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @property
+    def step(self) -> FastWeights:
+        """The sum over tokens."""
+        return FastWeights(self.gate.mT @ self.key, self.up.mT @ self.key, self.down.mT @ self.hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +61,14 @@ class FastWeights(Carried):
     def descent(self, k: Tensor, v: Tensor, rates: Tensor, loss: str = "dot") -> FastWeights:
         """What one step of gradient descent adds: minus the gradient of the tokens' summed losses.
 
-        The loss of a token is `-f(k) . v` ("dot") or `|f(k) - v|^2 / 2` ("square"), and counts for each of the
-        three weights by a rate of its own. `k`, `v` are `[S, H, T, D]`, `rates` `[S, H, T, 3]` for
+        The loss of a token is `-f(k) . v` ("dot") or `|f(k) - v|^2 / 2` ("square"), and counts for each of
+        the three weights by a rate of its own. `k`, `v` are `[S, H, T, D]`, `rates` `[S, H, T, 3]` for
         gate, up and down.
         """
+        return self.lessons(k, v, rates, loss).step
+
+    def lessons(self, k: Tensor, v: Tensor, rates: Tensor, loss: str = "dot") -> Lessons:
+        """What each token alone adds, as factors; arguments as in `descent`, whose step is their sum."""
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
         before, factor = k @ self.gate.mT, k @ self.up.mT  # [s, h, t, d_h]
@@ -53,12 +78,19 @@ class FastWeights(Carried):
         wanted = v if loss == "dot" else v - hidden @ self.down.mT
         back = wanted @ self.down
         slope = share * (1 + before * (1 - share))
-        to_gate, to_up, to_down = rates.unbind(-1)
-        return FastWeights(
-            (back * factor * slope * to_gate.unsqueeze(3)).mT @ k,
-            (back * active * to_up.unsqueeze(3)).mT @ k,
-            (wanted * to_down.unsqueeze(3)).mT @ hidden,
-        )
+        to_gate, to_up, to_down = rates.unsqueeze(3).unbind(-1)
+        return Lessons(k, hidden, back * factor * slope * to_gate, back * active * to_up, wanted * to_down)
+
+    def read_along(self, x: Tensor, lessons: Lessons) -> Tensor:
+        """f of each of `x [S, H, T, D]`, token t by these weights and the lessons of tokens 0 to t.
+
+        No weights are made for each token: a lesson is an outer product, so what it adds to a product is a
+        score between two tokens times the other factor. Costs T x T scores for each of the two layers.
+        """
+        scores = (x @ lessons.key.mT).tril()  # [s, h, t, t]
+        before, factor = x @ self.gate.mT + scores @ lessons.gate, x @ self.up.mT + scores @ lessons.up
+        hidden = F.silu(before) * factor
+        return hidden @ self.down.mT + (hidden @ lessons.hidden.mT).tril() @ lessons.down
 
     def moved(self, step: FastWeights, lengths: FastWeights | None) -> FastWeights:
         """These weights plus a step, their rows brought back to `lengths` (None: left as they are)."""

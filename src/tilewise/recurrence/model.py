@@ -34,7 +34,8 @@ class ModelConfig:
 
     Args:
         vocabulary: tokens known. width: of the residual stream.
-        layers: a mixer's name for each layer, so hybrids are sequences such as ("kda", "kda", "kda", "attention").
+        layers: a mixer's name for each layer, so hybrids are sequences such as ("kda", "kda", "kda",
+            "attention").
         options: settings of each named mixer, such as {"gla": {"heads": 4}}.
         hidden: of the channel mixer (SwiGLU); None is 8/3 of the width, 0 leaves channel mixers out.
         tied: whether the output layer shares the embedding's weights.
@@ -103,8 +104,9 @@ class Block(nn.Module):
 class SequenceModel(nn.Module):
     """A language model of any mixers, with one state for each layer.
 
-    `forward` takes tokens int64 `[B, N]`, the states of an earlier call or None, `mask` and `cu_seqlens` as mixers
-    do, and gives logits `[B, N, vocabulary]` and the states. Split a sequence anywhere and hand the states on.
+    `forward` takes tokens int64 `[B, N]`, the states of an earlier call or None, `mask` and `cu_seqlens` as
+    mixers do, and gives logits `[B, N, vocabulary]` and the states. Split a sequence anywhere and hand the
+    states on.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -142,19 +144,52 @@ class SequenceModel(nn.Module):
         logits, cap = self.head(self.norm(x)), self.config.logit_cap
         return (logits if cap is None else cap * torch.tanh(logits / cap)), after
 
-    @torch.no_grad()
-    def generate(self, tokens: Tensor, count: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
-        """The next `count` tokens of each row, int64 `[B, count]`: the likeliest, or drawn at a temperature above
-        0."""
-        generator = torch.Generator(tokens.device).manual_seed(seed)
-        logits, states = self(tokens)
-        made = []
-        for _ in range(count):
-            last = logits[:, -1].float()
-            if temperature > 0:
-                chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
-            else:
-                chosen = last.argmax(-1, keepdim=True)
-            made.append(chosen)
-            logits, states = self(chosen, states)
-        return torch.cat(made, 1) if made else tokens[:, :0]
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        *,
+        mask: Tensor | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """The next `count` tokens of each row, int64 `[B, count]`: the likeliest, or drawn at a temperature
+        above 0. `mask` is False for padding of the prompts, on either side."""
+        return generated(self, tokens, count, mask=mask, temperature=temperature, seed=seed)
+
+
+@torch.no_grad()
+def generated(
+    model: nn.Module,
+    tokens: Tensor,
+    count: int,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Tokens int64 `[B, count]` that continue each row of `tokens [B, N]`, one call of the model for each.
+
+    `model(tokens, state, mask=...)` gives logits and the state, as `SequenceModel` does. Raises ValueError
+    for a prompt without a token.
+    """
+    if not tokens.shape[1] or (mask is not None and not bool(mask.any(1).all())):
+        raise ValueError("tokens must hold a token in each row to continue, got a row of none")
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    logits, state = model(tokens, mask=mask)
+    last = logits[:, -1]
+    if mask is not None:
+        place = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        last = logits[torch.arange(len(logits), device=mask.device), place]
+    made = []
+    for _ in range(count):
+        if temperature > 0:
+            weights = (last.float() / temperature).softmax(-1)
+            chosen = torch.multinomial(weights, 1, generator=generator)
+        else:
+            chosen = last.float().argmax(-1, keepdim=True)
+        made.append(chosen)
+        if len(made) < count:
+            logits, state = model(chosen, state)
+            last = logits[:, -1]
+    return torch.cat(made, 1) if made else tokens[:, :0]

@@ -1,0 +1,199 @@
+"""TNT: its formula token by token, shards side by side, what that saves in training, and what it learns of
+text."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tilewise.recurrence import TNT, FastWeights
+
+WIDTH, HEADS = 8, 2
+
+
+def built(dtype: torch.dtype = torch.float64, **options) -> TNT:
+    torch.manual_seed(0)
+    settings = {"memories": HEADS, "far": 12, "near": (4, 2), "shard": 8, "rate": 0.2}
+    made = TNT(WIDTH, **(settings | options)).to(dtype).eval()
+    with torch.no_grad():
+        made.rate.weight.normal_(std=0.1)
+        for conv in made.convs:
+            conv.weight.normal_()
+    return made
+
+
+def inputs(n: int = 41, seed: int = 1) -> Tensor:
+    return torch.randn(1, n, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def memory(w: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    return w[2] @ (F.silu(w[0] @ x) * (w[1] @ x))
+
+
+def gradient(w: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Of the squared error, by autograd."""
+    parts = tuple(x.detach().requires_grad_() for x in w)
+    return torch.autograd.grad((memory(parts, k) - v).square().sum() / 2, parts)
+
+
+def by_formula(mixer: TNT, x: Tensor, online: bool = False) -> Tensor:
+    """One head of one memory and one token at a time; `online` takes gradients where the last token left
+    off."""
+    x, n, dim = x[0], x.shape[1], WIDTH // HEADS
+    q, k, v = (y @ part.weight.T for y, part in zip((x, x, x), (mixer.query, mixer.key, mixer.value)))
+    if len(mixer.convs):
+        padded = [F.pad(y, (0, 0, 3, 0)) for y in (q, k, v)]
+        q, k, v = (F.silu(sum(y[j : n + j] * conv.weight[j] for j in range(4)))
+                   for y, conv in zip(padded, mixer.convs))  # fmt: skip
+    rates = F.softplus(mixer.rate(x)).view(n, -1, HEADS)
+    chunks = ([] if mixer.far is None else [mixer.far]) + list(mixer.near)
+    out = torch.zeros(n, WIDTH, dtype=torch.float64)
+    for which, chunk in enumerate(chunks):
+        is_far = mixer.far is not None and which == 0
+        for head in range(HEADS):
+            own = slice(head * dim, (head + 1) * dim)
+            first = tuple(w[which, head].detach() for w in (mixer.gate, mixer.up, mixer.down))
+            now, start, keys = first, first, torch.zeros(dim, dim, dtype=torch.float64)
+            for t in range(n):
+                key, ask = (F.normalize(y[t, own], dim=0) for y in (k, q))
+                if not is_far and mixer.shard is not None and t % mixer.shard == 0:
+                    now, keys = first, torch.zeros_like(keys)
+                if t % chunk == 0:
+                    start = now
+                steps = gradient(now if online else start, key, v[t, own])
+                now = tuple(w - rates[t, which, head] * step for w, step in zip(now, steps))
+                keys = keys + torch.outer(key, key)
+                if not is_far and mixer.project:
+                    ask = F.normalize(keys @ ask, dim=0)
+                out[t, own] += memory(start if is_far else now, ask)
+                if (t + 1) % chunk == 0:
+                    now = tuple(w / (w.norm(dim=1, keepdim=True) + 1e-5) * begun.norm(dim=1, keepdim=True)
+                                for w, begun in zip(now, first))  # fmt: skip
+    out = out.view(n, HEADS, dim)
+    out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-5) * mixer.norm.weight[:, 0]
+    return (out.flatten(1) * F.silu(x @ mixer.share.weight.T)) @ mixer.out.weight.T
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"far": None},
+        {"shard": None, "near": (3,)},
+        {"near": (1,), "project": False},
+        {"near": (), "conv": 0},
+    ],
+)
+def test_it_is_its_formula(options):
+    """The control: gradients taken where the last token left off are another function, but for chunks of
+    one."""
+    mixer, x = built(**options), inputs()
+    with torch.no_grad():
+        got = mixer(x)[0][0]
+    want, online = by_formula(mixer, x).detach(), by_formula(mixer, x, online=True).detach()
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+    assert (got - online).norm() > 1e-3 * got.norm()
+
+
+def test_memories_of_chunks_of_one_are_online():
+    mixer, x = built(far=None, near=(1,)), inputs()
+    torch.testing.assert_close(mixer(x)[0][0], by_formula(mixer, x, online=True), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.evidence
+def test_a_shard_knows_of_others_by_the_global_memory_alone():
+    """Gradients of the last output by the inputs: without a global memory none beyond its shard; without
+    resets, or with a global memory, some; and those of tokens in an open global chunk are none yet."""
+    reaches = {}
+    for name, options in (("local", {"far": None}), ("no reset", {"far": None, "shard": None}), ("both", {})):
+        mixer, x = built(conv=0, near=(2,), **options), inputs().requires_grad_()
+        mixer(x)[0][0, -1].sum().backward()
+        reaches[name] = x.grad[0].abs().amax(1) > 0
+    assert not reaches["local"][:40].any() and reaches["local"][40]
+    assert reaches["no reset"].all()
+    assert reaches["both"][:36].all() and not reaches["both"][36:40].any()
+
+
+def chain(monkeypatch: pytest.MonkeyPatch, mixer: TNT, n: int) -> int:
+    """Updates one after the other: calls of a memory's gradient, each of all shards at once."""
+    calls: list[int] = []
+    whole = FastWeights.lessons
+
+    def counted(self, *told):
+        calls.append(1)
+        return whole(self, *told)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(FastWeights, "lessons", counted)
+        mixer(torch.randn(1, n, WIDTH))
+    return len(calls)
+
+
+@pytest.mark.evidence
+def test_the_chain_of_updates_does_not_grow_with_the_small_chunks(monkeypatch):
+    """shard / near + N / far, counted; the controls, without reset or with one small chunk alone, need N /
+    near."""
+    for n in (512, 2048):
+        both = built(torch.float32, far=256, near=(8,), shard=64)
+        assert chain(monkeypatch, both, n) == 64 // 8 + n // 256
+        assert (
+            chain(monkeypatch, built(torch.float32, far=256, near=(8,), shard=None), n) == n // 8 + n // 256
+        )
+        assert chain(monkeypatch, built(torch.float32, far=None, near=(8,), shard=None), n) == n // 8
+
+
+@pytest.mark.evidence
+def test_queries_are_asked_in_the_span_of_the_shards_keys():
+    """What of a query is orthogonal to all keys so far is gone; it was much of it, and what is beside it is
+    not."""
+    mixer = built(memories=1)
+    q, k = F.normalize(torch.randn(2, 3, 1, 5, WIDTH, dtype=torch.float64), dim=-1)
+    asked, keys = mixer._projected(q, k, torch.zeros(3, 1, WIDTH, WIDTH, dtype=torch.float64), 1)
+    for t in range(5):
+        basis = torch.linalg.qr(k[:, :, : t + 1].mT).Q  # [3, 1, width, t + 1]
+        for x, gone in ((asked, True), (q, False)):
+            rest = x[:, :, t] - (basis @ (basis.mT @ x[:, :, t].unsqueeze(-1))).squeeze(-1)
+            assert (rest.norm(dim=-1) < 1e-12).all() == gone and (gone or (rest.norm(dim=-1) > 0.3).all())
+    torch.testing.assert_close(keys, k.mT @ k)
+
+
+def step_time(mixer: TNT, n: int = 2048) -> float:
+    """Seconds of forward and backward, the quicker of two."""
+    x, best = torch.randn(2, n, 32), float("inf")
+    for _ in range(2):
+        began = time.perf_counter()
+        mixer(x)[0].sum().backward()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+@pytest.mark.evidence
+def test_a_training_step_takes_less_time_than_with_small_chunks_alone():
+    """A layer over 2,048 tokens, twice as many memories as the plain one. The control: without resets it is
+    slower."""
+    torch.manual_seed(0)
+    common = {"memories": 2, "near": (8,)}
+    times = {
+        "both": step_time(TNT(32, far=512, shard=128, **common)),
+        "no reset": step_time(TNT(32, far=512, shard=None, **common)),
+        "plain": step_time(TNT(32, far=None, shard=None, **common)),
+    }
+    assert times["plain"] > 3 * times["both"] and times["no reset"] > times["plain"], times
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"near must divide shard or else its largest, got \(3,\) and 8"):
+        TNT(8, near=(3,), shard=8)
+    with pytest.raises(ValueError, match=r"far and near must leave a memory, got None and \(\)"):
+        TNT(8, far=None, near=())
+    with pytest.raises(ValueError, match="rate must be above 0, got 0"):
+        TNT(8, rate=0)
+    with pytest.raises(ValueError, match="far must be an integer >= 1, got 0"):
+        TNT(8, far=0)
+    with pytest.raises(ValueError, match="near must be 2 sizes, one for each local memory"):
+        built().refine((1,))
