@@ -3,14 +3,12 @@
 from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttention, SlidingWindow
 from tilewise.recurrence.block_linear import BlockLinearAttention, BlocksSeen
-from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
-from tilewise.recurrence.distil import Pair, distil
-from tilewise.recurrence.fast_weights import FastWeights, orthogonal, read_chunk
-from tilewise.recurrence.flash_rnn import FlashRNN, FlashRNNState
-from tilewise.recurrence.gated import GatedState, explain_gated, gated_rnn
 from tilewise.recurrence.block_transformer import BlockEmbedder, BlockTransformer, BlockTransformerState
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
+from tilewise.recurrence.distil import Pair, distil
 from tilewise.recurrence.fast_weights import FastWeights, Lessons, orthogonal, read_chunk
+from tilewise.recurrence.flash_rnn import FlashRNN, FlashRNNState
+from tilewise.recurrence.gated import GatedState, explain_gated, gated_rnn
 from tilewise.recurrence.gla import GLA
 from tilewise.recurrence.hybrids import infinite_vl, kimi_linear
 from tilewise.recurrence.hyper_kernels import ContextKernel, HyperKernel
@@ -65,13 +63,12 @@ __all__ = [
     "Attention",
     "BitLinear",
     "Block",
-    "BlockLinearAttention",
-    "BlockState",
-    "BlocksSeen",
     "BlockEmbedder",
+    "BlockLinearAttention",
     "BlockState",
     "BlockTransformer",
     "BlockTransformerState",
+    "BlocksSeen",
     "Cache",
     "Carried",
     "ContextKernel",
@@ -99,9 +96,9 @@ __all__ = [
     "LaCT",
     "LaCTState",
     "LatentAttention",
-    "LiT",
     "Learner",
     "Lessons",
+    "LiT",
     "Lightning",
     "LightningState",
     "LinFusion",
@@ -139,9 +136,9 @@ __all__ = [
     "Sums",
     "SwiGLU",
     "TNL",
-    "Terminator",
     "TNT",
     "TNTState",
+    "Terminator",
     "TransNormer",
     "VisionMixer",
     "Voxels",
