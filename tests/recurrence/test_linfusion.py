@@ -132,8 +132,8 @@ def test_an_inherited_and_distilled_student_answers_as_its_teacher():
 
 @pytest.mark.evidence
 def test_normalised_it_holds_at_other_sizes():
-    """Distilled alike at 128 tokens and asked at 1,024. Control: without normalisation sums grow with the tokens,
-    and the student goes off from its teacher where the normalised one does not."""
+    """Distilled alike at 128 tokens and asked at 1,024. Control: without normalisation sums grow with the
+    tokens, and the student goes off from its teacher where the normalised one does not."""
     full, plain = (
         (distance(model), distance(model, LARGER)) for model in (distilled(), distilled(Unnormalised))
     )
