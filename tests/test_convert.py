@@ -80,9 +80,7 @@ def test_compare_accepts_it_beside_other_methods(given, model, text, tmp_path):
 
 def conversion(**given):
     settings = Settings(**given)
-    whole = convert.material.prepare(
-        convert.CompareSettings(model=settings.model, text=settings.text, methods=("dense",))
-    )
+    whole = convert._whole(settings)
     learn, _ = convert._parts(whole, settings)
     return convert.Conversion(learn, new_layers(whole.model.requires_grad_(False), settings), settings)
 

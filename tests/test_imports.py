@@ -29,6 +29,7 @@ ORDER = [
     "models",
     "compare",
     "tune",
+    "convert",
     "",
     *COMMAND,
 ]  # "" is the package itself

@@ -234,12 +234,7 @@ def run_convert(settings: Settings, console: Console | None = None) -> dict[str,
     anything the caller got wrong, before training; a KeyboardInterrupt is raised again once the state is kept.
     """
     console = console or Console()
-    whole = material.prepare(
-        CompareSettings(
-            model=settings.model, text=settings.text, tokens=None, device=settings.device, methods=("dense",)
-        )
-    )
-    learn, held = _parts(whole, settings)
+    learn, held = _parts(whole := _whole(settings), settings)
     conversion = Conversion(learn, new_layers(whole.model, settings), settings)
     if settings.part.is_file():
         _resume(conversion, settings.part)
@@ -270,6 +265,19 @@ def run_convert(settings: Settings, console: Console | None = None) -> dict[str,
     found = recovery(held, load_gates(settings.out, model=whole.model), settings)
     _show(found, console)
     return found
+
+
+def measured_on(settings: Settings) -> Material:
+    """The model and the part of the text that conversions are measured on."""
+    return _parts(_whole(settings), settings)[1]
+
+
+def _whole(settings: Settings) -> Material:
+    return material.prepare(
+        CompareSettings(
+            model=settings.model, text=settings.text, tokens=None, device=settings.device, methods=("dense",)
+        )
+    )
 
 
 def _resume(conversion: Conversion, path: Path) -> None:
@@ -316,14 +324,15 @@ def recovery(on: Material, layers: Gates, settings: Settings) -> dict[str, Any]:
     for name, method in (("dense", "dense"), ("converted", gated(layers))):
         with patch(on.model, method, check=name != "dense"):
             for length in lengths:
-                right = [all(quality.answer(on, question)) for question in _questions(on, length)]
+                right = [all(quality.answer(on, question)) for question in questions(on, length)]
                 rows[name].append(
-                    {"bits_per_byte": _bits(on, length), "passkey": sum(right) / max(1, len(right))}
+                    {"bits_per_byte": bits_per_byte(on, length), "passkey": sum(right) / max(1, len(right))}
                 )
     return rows
 
 
-def _questions(on: Material, length: int) -> Iterator[quality.Question]:
+def questions(on: Material, length: int) -> Iterator[quality.Question]:
+    """Pass keys in so many tokens of text, at all depths."""
     size = int(length * (1.0 if on.bytes_per_token == 1 else 0.8 * on.bytes_per_token))
     for number in range(ASKED):
         example = tasks.passkey(size, 1000 + number, number / max(1, ASKED - 1), filler=on.filler)
@@ -332,7 +341,7 @@ def _questions(on: Material, length: int) -> Iterator[quality.Question]:
             yield question
 
 
-def _bits(on: Material, length: int) -> float:
+def bits_per_byte(on: Material, length: int) -> float:
     """Bits per byte of the first `length` tokens."""
     tokens = on.tokens[:, :length]
     logits = _log_probabilities(on.model, tokens)
