@@ -184,7 +184,8 @@ def test_doctor_shows_the_machine_and_passes(run: Run) -> None:
         assert ": works, error" in line
         assert float(line.split()[-2]) > 0 and line.endswith("GFLOP/s")
     for engine in SCAN_ENGINES:
-        assert ": works, error" in lines[f"recurrence, {engine}"]
+        here = engine != "triton" or torch.cuda.is_available()
+        assert (": works, error" if here else "runs on GPUs") in lines[f"recurrence, {engine}"]
     for engine in GATED_ENGINES:
         assert ": works, error" in lines[f"gated networks, {engine}"]
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from tilewise import papers
 from tilewise.attention import attend
 from tilewise.attention.gates import Gates
 from tilewise.compare import Settings as CompareSettings
@@ -29,9 +30,8 @@ from tilewise.compare.settings import check_writable
 from tilewise.data import tasks
 from tilewise.errors import UserError
 from tilewise.models import capture, gated, load_gates, patch, save_gates
-from tilewise.recurrence.lawcat import LAWCAT
 
-KINDS: dict[str, Callable[..., torch.nn.Module]] = {"lawcat": LAWCAT}
+KINDS = ("lawcat",)  # as the register knows them
 EVERY = 25  # steps between two savings
 ASKED = 10  # pass keys at each length of the report
 LONGER = (1, 2, 4, 8)  # lengths of the report, in those of the training
@@ -216,10 +216,10 @@ def new_layers(model: Any, settings: Settings) -> Gates:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-    given = {"rotary": rotary, **settings.options}
+    given, kind = {"rotary": rotary, **settings.options}, cast(Any, papers.resolve(papers.find(settings.to)))
     try:
         made = {
-            layer: KINDS[settings.to](heads, kv_heads, head_dim, seed=settings.seed + layer, **given)
+            layer: kind(heads, kv_heads, head_dim, seed=settings.seed + layer, **given)
             for layer in range(config.num_hidden_layers)
         }
     except (TypeError, ValueError) as error:

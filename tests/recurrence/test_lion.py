@@ -204,8 +204,8 @@ def test_generated_voxels_are_of_the_foreground():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="mixer must be one of .*gla.*, got 'lstm'"):
-        LinearGroupRNN(32, "lstm")
+    with pytest.raises(ValueError, match="mixer must be one of .*gla.*, got 'rnn'"):
+        LinearGroupRNN(32, "rnn")
     with pytest.raises(ValueError, match=r"window must be three integers >= 1 \(z, y, x\)"):
         LinearGroupRNN(32, window=(3, 3))
     with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 1.5"):

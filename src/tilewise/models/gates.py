@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+import tilewise.recurrence  # noqa: F401  its layers make themselves known to `rebuild`
 from tilewise import papers
 from tilewise.attention import Method
 from tilewise.attention.gates import Gates
@@ -17,7 +18,6 @@ from tilewise.attention.gates.store import describe, fit_to, rebuild
 from tilewise.errors import UserError
 from tilewise.models.load import bundled_model, check_device
 from tilewise.models.recipes import ModelRecipe
-from tilewise.recurrence.lawcat import LAWCAT
 
 # The kinds of gates by what their files say: the method they serve, as the register knows it, and its settings
 # where its paper leaves them to the user.
@@ -27,7 +27,7 @@ SERVES: dict[str, tuple[str, dict[str, Any]]] = {
     "chunk": ("chunk-llm", {}),
     "linear": ("sla", {}),
     "codes": ("spt", {}),
-    LAWCAT.kind: ("lawcat", {}),
+    "lawcat": ("lawcat", {}),
 }
 
 
