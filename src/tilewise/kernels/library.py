@@ -36,6 +36,15 @@ def grid(x: Tensor | None) -> list[int]:
     return [x.data_ptr(), KINDS[x.dtype], *size, *[1] * missing, *stride, *[0] * missing]
 
 
+def unsuited(x: Tensor) -> str | None:
+    """Why native engines, which sum in float32, cannot take a call with tensors like `x`; None where they can."""
+    if x.device.type != "cpu":
+        return f"runs on CPUs, the call's tensors are on {x.device.type}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32, the call is in {x.dtype}"
+    return None
+
+
 class Library:
     """The library of one kernel, built when it is first asked for.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tilewise.kernels.gated_rnn import op, tiling
 from tilewise.kernels.gated_rnn.call import KINDS, Call
-from tilewise.kernels.library import KernelLibrary
+from tilewise.kernels.library import KernelLibrary, unsuited
 
 LIBRARY = KernelLibrary("gated_rnn", Path(__file__).parent, tensors=15, numbers=7)
 SOURCES = LIBRARY.sources
@@ -24,11 +24,7 @@ _NETWORKS = {kind: number for number, kind in enumerate(KINDS)}
 
 def refuse(call: Call) -> str | None:
     """Why this engine cannot run the call."""
-    if call.wx.device.type != "cpu":
-        return f"runs on CPUs, the call's tensors are on {call.wx.device.type}"
-    if call.wx.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"computes in float32, the call is in {call.wx.dtype}"
-    return unavailable()
+    return unsuited(call.wx) or unavailable()
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tilewise.kernels.library import KernelLibrary
+from tilewise.kernels.library import KernelLibrary, unsuited
 from tilewise.kernels.scan import op
 from tilewise.kernels.scan.call import Call
 
@@ -22,11 +22,7 @@ SOURCES = LIBRARY.sources
 
 def refuse(call: Call) -> str | None:
     """Why this engine cannot run the call."""
-    if call.q.device.type != "cpu":
-        return f"runs on CPUs, the call's tensors are on {call.q.device.type}"
-    if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"computes in float32, the call is in {call.q.dtype}"
-    return unavailable()
+    return unsuited(call.q) or unavailable()
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:

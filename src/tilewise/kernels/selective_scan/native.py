@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tilewise.kernels.library import KernelLibrary
+from tilewise.kernels.library import KernelLibrary, unsuited
 from tilewise.kernels.selective_scan import op
 from tilewise.kernels.selective_scan.call import Call
 
@@ -23,11 +23,7 @@ SOURCES = LIBRARY.sources
 
 def refuse(call: Call) -> str | None:
     """Why this engine cannot run the call."""
-    if call.x.device.type != "cpu":
-        return f"runs on CPUs, the call's tensors are on {call.x.device.type}"
-    if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"computes in float32, the call is in {call.x.dtype}"
-    return unavailable()
+    return unsuited(call.x) or unavailable()
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
