@@ -93,9 +93,8 @@ class LAWCAT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(kv_heads, head_dim, features, generator=generator) * head_dim**-0.5
         self.project = nn.Parameter(drawn)
-        self.adapt = nn.Parameter(
-            torch.zeros(heads, head_dim, head_dim)
-        )  # of values: head_dim is that of v too
+        # Each head's output plus a multiple of itself, nothing at first; values are as wide as queries and keys.
+        self.adapt = nn.Parameter(torch.zeros(heads, head_dim, head_dim))
         self.down = nn.Linear(2 * kv_heads * head_dim, rank, bias=False)
         self.up = nn.Linear(rank, kv_heads * 2 * features)
         with torch.no_grad():
