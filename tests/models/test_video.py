@@ -16,7 +16,8 @@ from tilewise.data.shapes import moving_shapes
 from tilewise.errors import UserError
 from tilewise.models import bundled_model
 from tilewise.models.video import VideoConfig, VideoModel, capture_video, load_video, sample, save_video
-from tilewise.models.video_layers import cut, rotations, turn, uncut
+from tilewise.models.video_layers import cut, uncut
+from tilewise.recurrence.vision import rotations, turn
 from tilewise.tiles import Everything, Tiling
 
 SMALL = VideoConfig(width=32, layers=3, heads=2)
@@ -123,7 +124,8 @@ def test_rotated_products_depend_on_distances_alone():
     q, k = torch.randn(2, 16, dtype=torch.float64).float()
     grid = (3, 4, 5)
     turns = rotations(grid, 16)
-    product = turn(q.expand(60, -1), turns) @ turn(k.expand(60, -1), turns).T
+    q, k = (turn(x.expand(1, 1, 60, -1), turns)[0, 0] for x in (q, k))
+    product = q @ k.T
     at = torch.arange(60).view(grid)
     for axis in range(3):
         here, there = (

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tilewise.models.video import VideoConfig, VideoModel
-from tilewise.models.video_layers import Block, rotations, turn
+from tilewise.models.video_layers import Block
 from tilewise.models.video_mixers import projections, with_mixers
+from tilewise.recurrence.vision import rotations, turn
 
 SMALL = VideoConfig(width=32, layers=3, heads=2)
 

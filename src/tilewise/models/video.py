@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tilewise.errors import UserError
 from tilewise.models.video_attention import Attention, Moment, Observer, Setting, VideoEvent, by_layer
-from tilewise.models.video_layers import Block, cut, norm, prior, rotations, uncut, waves
+from tilewise.models.video_layers import Block, cut, norm, prior, uncut, waves
+from tilewise.recurrence.vision import rotations
 
 __all__ = [
     "Moment",

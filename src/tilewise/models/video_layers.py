@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SLOWEST = 0.02  # radians per step of the grid that the slowest rotary pair turns; the fastest turns 1
+from tilewise.recurrence.vision import turn
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -77,30 +77,6 @@ def waves(x: Tensor, width: int) -> Tensor:
     rates = torch.exp(torch.arange(width // 2, device=x.device) * (-math.log(1e4) / (width // 2)))
     angles = x.unsqueeze(-1) * rates
     return torch.cat((angles.cos(), angles.sin()), -1)
-
-
-def rotations(grid: tuple[int, int, int], dim: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, `[N, dim / 2]` float32, by which every token's pairs of a head are turned.
-
-    A quarter of the pairs turns with time and three eighths each with height and width (to whole pairs, the first
-    gets the rest), at rates from 1 to 1/50 radians per step in a geometric row.
-    """
-    half = dim // 2
-    space = half * 3 // 8
-    angles = []
-    places = torch.meshgrid(*(torch.arange(n, device=device).float() for n in grid), indexing="ij")
-    for place, pairs in zip(places, (half - 2 * space, space, space)):
-        rates = SLOWEST ** (torch.arange(pairs, device=device) / max(1, pairs - 1))
-        angles.append(place.reshape(-1, 1) * rates)
-    every = torch.cat(angles, 1)
-    return every.cos(), every.sin()
-
-
-def turn(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate `x [..., N, dim]`: entry i and entry i + dim / 2 are a pair."""
-    cos, sin = turns
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 def cut(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
