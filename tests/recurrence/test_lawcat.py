@@ -111,6 +111,22 @@ def test_decoding_carries_a_state_of_one_size():
         assert state.bytes == size
 
 
+def test_a_plan_hands_on_the_state_that_its_run_ended_in():
+    made, (q, k, v) = layer(), drawn(12, dtype=torch.float32)
+    method, seen = made.method(), None
+    for n_q, n_k in ((10, 10), (1, 11), (1, 12)):
+        given = (q[:, :, n_k - n_q : n_k], k[:, :, :n_k], v[:, :, :n_k])
+        chosen = plan(method if seen is None else method.with_state(seen), *given[:2], mask="causal")
+        assert chosen.after is None  # nothing has run
+        attend(*given, chosen, mask="causal")
+        want = method.carry(*given, Causal().bind(n_q, n_k), seen)
+        seen = chosen.after
+        assert not seen.scan.matrix.requires_grad
+        for got, ought in ((seen.scan.matrix, want.scan.matrix), (seen.k_tail, want.k_tail)):
+            assert torch.equal(got, ought)
+    assert plan("dense", q, k, mask="causal").after is None
+
+
 def test_padding_is_not_there():
     made, (q, k, v) = layer().double(), drawn(20, b=1)
     want = attend(q, k, v, made.method(), mask="causal")
@@ -172,7 +188,7 @@ def layers_for(model) -> Gates:
     return Gates(made)
 
 
-def test_a_file_of_layers_patches_a_model_and_generates_as_it_reads(bundled, tmp_path):
+def test_a_file_of_layers_patches_a_model_and_generates_as_it_reads(bundled, tmp_path, monkeypatch):
     """Written, read and used: token by token as all at once, and the model is afterwards what it was."""
     model, _ = bundled
     tokens = torch.randint(32, 127, (2, 60), generator=torch.Generator().manual_seed(0))
@@ -181,8 +197,11 @@ def test_a_file_of_layers_patches_a_model_and_generates_as_it_reads(bundled, tmp
     layers = load_gates(tmp_path / "made.safetensors", model=model)
     recipe = gated(layers)
     assert all(isinstance(method, LinearizedAttention) for method in recipe.methods.values())
-    with patch(model, recipe, decode=recipe):
+    runs, run = [], LAWCAT.run
+    monkeypatch.setattr(LAWCAT, "run", lambda self, q, *rest: runs.append(q.shape[2]) or run(self, q, *rest))
+    with patch(model, recipe, decode=gated(layers), check=False):
         whole = model(input_ids=tokens).logits
+        assert runs == [60] * len(layers.layers)  # once each: the answer's own state is handed on
         cache = model(input_ids=tokens[:, :50], use_cache=True)
         steps = []
         for t in range(50, 60):
@@ -190,6 +209,7 @@ def test_a_file_of_layers_patches_a_model_and_generates_as_it_reads(bundled, tmp
                 input_ids=tokens[:, t : t + 1], past_key_values=cache.past_key_values, use_cache=True
             )
             steps.append(cache.logits)
+    assert runs[len(layers.layers) :] == [50] * len(layers.layers) + [1] * 10 * len(layers.layers)
     torch.testing.assert_close(torch.cat(steps, 1), whole[:, 50:], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(whole, before, atol=0.1)
     assert torch.equal(model(input_ids=tokens).logits, before)

@@ -66,6 +66,9 @@ class Method:
     def carry(self, q: Tensor, k: Tensor, v: Tensor, view: Visibility, state: Any) -> Any:
         """The state after a call, for the next one. `patch` keeps it, layer by layer, for methods that carry one.
 
+        It is asked for where the call's own plan does not hand a state on (`Plan.after`): where none is made on the
+        way to the answer, or another method gave the answer.
+
         Args: q, k, v, view: of the call, k and v with all keys and values so far. state: as the call before gave
         it, for one query more; None where a sequence begins, with as many queries as keys.
         """

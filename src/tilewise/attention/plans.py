@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,12 @@ class Plan:
     seconds: float | None = None
     added: tuple[Added, ...] = ()
     choices: tuple[Choice, ...] = ()
+
+    @property
+    def after(self) -> Any:
+        """The state that the last run of an added part ended in, for the next call; None if none keeps one."""
+        kept = (getattr(part, "after", None) for part in self.added)
+        return next((state for state in kept if state is not None), None)
 
     @property
     def tile_maps(self) -> tuple[TileMap | None, ...]:

@@ -97,7 +97,7 @@ class Bridge:
         if query.shape[2] == 1 < key.shape[2]:
             method = method.with_state(self.states.get(layer))
         given = self.plans.get(layer) if self.plans is not None else None
-        if given is None and (self.observer or self.plans is not None):
+        if given is None and (self.observer or self.plans is not None or method.carries):
             _check_mode(method, query, key)
             given = make_plan(method, query, key, mask=mask, scale=scaling, v=value)
             if self.plans is not None:
@@ -117,7 +117,7 @@ class Bridge:
         if isinstance(out, Partial):
             out = out.out
         seconds = clock(query.device) - start if self.observer else 0.0
-        self._carry(layer, query, key, value, mask)
+        self._carry(layer, query, key, value, mask, given)
         if self.observer and given is not None:
             terms = {"bias": bias, "scale": scaling or 1.0, "softcap": softcap}
             ran = tuple(choice.engine for choice in given.explain(query, key, value, self.engine, **terms))
@@ -125,16 +125,32 @@ class Bridge:
         return out.transpose(1, 2).contiguous(), None
 
     def _carry(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask | Tensor | None,
+        ran: Plan | None,
     ) -> None:
         """Keep what the layer's decoding method hands on from this call to the next."""
         decoder = self.decoder(layer)
-        if decoder.carries:
+        if not decoder.carries:
+            return
+        if ran is not None and ran.after is not None and _alike(self.method(layer, query.shape[2]), decoder):
+            self.states[layer] = ran.after
+        else:
             n_q, n_k = query.shape[2], key.shape[2]
             view = as_mask(mask).bind(n_q, n_k, device=query.device)
             before = None if n_q == n_k else self.states.get(layer)
             q, k, v = (x.detach() for x in (query, key, value))
             self.states[layer] = decoder.carry(q, k, v, view, before)
+
+
+def _alike(a: Method, b: Method) -> bool:
+    """Whether two methods are one: the very same settings and trained parts."""
+    own, others = a.parameters().values(), b.parameters().values()
+    return type(a) is type(b) and all(x is y for x, y in zip(own, others, strict=True))
 
 
 def _check_mode(method: Method, query: Tensor, key: Tensor) -> None:

@@ -165,11 +165,12 @@ def _mask(view: Visibility, k: Tensor) -> Tensor | None:
 
 @dataclass(eq=False)
 class _Part:
-    """The recurrence as a part of a plan."""
+    """The recurrence as a part of a plan. `after` is the state that its last run ended in."""
 
     layer: LAWCAT
     view: Visibility
     state: LAWCATState | None
+    after: LAWCATState | None = None
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         new, n = q.shape[2], k.shape[2]
@@ -177,7 +178,9 @@ class _Part:
         if new < n:  # one query more: what came before is in the state
             view = _last(view)
             k, v = k[:, :, -1:], v[:, :, -1:]
-        return self.layer.run(q, k, v, view, self.state if new < n else None)[0]
+        out, after = self.layer.run(q, k, v, view, self.state if new < n else None)
+        self.after = after.detach()
+        return out
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor) -> Choice:
         """The engine of the recurrence, and why the others would not run it."""
