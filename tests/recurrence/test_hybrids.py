@@ -101,3 +101,17 @@ def test_wrong_windows_and_states():
         mixer(torch.randn(1, 3, 16), state)
     with pytest.raises(ValueError, match="logit_cap must be None or above 0, got 0"):
         ModelConfig(10, 32, ("gla",), logit_cap=0)
+
+
+def test_layers_of_one_kind_may_have_settings_of_their_own():
+    layers = ("sliding-window", ("sliding-window", {"window": 3}), ("gla", {"heads": 4}))
+    config = ModelConfig(10, 32, layers, {"sliding-window": {"window": 7, "heads": 2}})
+    assert config.parts() == [
+        ("sliding-window", {"window": 7, "heads": 2}),
+        ("sliding-window", {"window": 3, "heads": 2}),
+        ("gla", {"heads": 4}),
+    ]
+    model = SequenceModel(config).eval()
+    assert [block.mixer.window for block in model.blocks[:2]] == [7, 3] and model.blocks[2].mixer.heads == 4
+    with pytest.raises(ValueError, match="layers must be of .*got \\['glo'\\]"):
+        ModelConfig(10, 32, (("glo", {}),))

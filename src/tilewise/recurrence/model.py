@@ -35,8 +35,8 @@ class ModelConfig:
     Args:
         vocabulary: tokens known. width: of the residual stream.
         layers: a mixer's name for each layer, so hybrids are sequences such as ("kda", "kda", "kda",
-            "attention").
-        options: settings of each named mixer, such as {"gla": {"heads": 4}}.
+            "attention"); or a name with settings of that layer alone, such as ("attention", {"window": 64}).
+        options: settings of each named mixer, such as {"gla": {"heads": 4}}; a layer's own go before them.
         hidden: of the channel mixer (SwiGLU); None is 8/3 of the width, 0 leaves channel mixers out.
         tied: whether the output layer shares the embedding's weights.
         linear: "dense", or "ternary" for `BitLinear` in channel mixers and in the output layer, which is then not
@@ -48,7 +48,7 @@ class ModelConfig:
 
     vocabulary: int
     width: int
-    layers: tuple[str, ...]
+    layers: tuple[str | tuple[str, Mapping[str, Any]], ...]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     hidden: int | None = None
     tied: bool = True
@@ -60,7 +60,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        unknown = [name for name in (*self.layers, *self.options) if name not in MIXERS]
+        unknown = [
+            name for name in (*(name for name, _ in self.parts()), *self.options) if name not in MIXERS
+        ]
         if unknown or not self.layers:
             raise ValueError(f"layers must be of {', '.join(sorted(MIXERS))}, got {unknown or 'none'}")
         if self.linear not in LINEARS:
@@ -69,6 +71,11 @@ class ModelConfig:
             raise ValueError("a ternary output layer cannot share the embedding's weights: give tied=False")
         if self.logit_cap is not None and not self.logit_cap > 0:
             raise ValueError(f"logit_cap must be None or above 0, got {self.logit_cap!r}")
+
+    def parts(self) -> list[tuple[str, dict[str, Any]]]:
+        """The mixer's name and its settings, for each layer."""
+        given = [(layer, {}) if isinstance(layer, str) else layer for layer in self.layers]
+        return [(name, {**self.options.get(name, {}), **own}) for name, own in given]
 
 
 class SwiGLU(nn.Module):
@@ -116,8 +123,8 @@ class SequenceModel(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList()
-        for name in config.layers:
-            made = MIXERS[name](config.width, **config.options.get(name, {}))
+        for name, settings in config.parts():
+            made = MIXERS[name](config.width, **settings)
             channel = SwiGLU(config.width, hidden, config.linear) if hidden else None
             self.blocks.append(Block(config.width, made, channel))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
