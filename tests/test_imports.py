@@ -15,7 +15,7 @@ from tilewise import kernels, papers
 SOURCE = Path(__file__).parent.parent / "src/tilewise"
 
 # Lowest first. A module may import those before it and its own room; the rooms stand in the order of the README.
-BASE = ["errors", "files", "version", "machine", "papers"]
+BASE = ["errors", "files", "version", "machine", "papers", "descent"]
 ROOMS = (
     "transforms attention recurrence convolution linear quantize prune cache decode serve train "
     "generate vision scene explain data"

@@ -28,6 +28,7 @@ from tilewise.compare import material, quality
 from tilewise.compare.material import Material
 from tilewise.compare.settings import check_writable
 from tilewise.data import tasks
+from tilewise.descent import Descent, cosine
 from tilewise.errors import UserError
 from tilewise.models import capture, gated, load_gates, patch, save_gates
 
@@ -94,11 +95,13 @@ class Conversion:
         self.on, self.layers, self.settings = on, layers, settings
         self.first = max(1, settings.steps // 4)
         self.losses: list[float] = []
-        self._start()
+        self._start(settings.rate)
 
-    def _start(self) -> None:
+    def _start(self, rate: float) -> None:
+        """Begin a stage: its optimiser remembers nothing of the one before."""
         learned = [p for p in self.layers.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.Adam(learned, lr=self.settings.rate, betas=(0.9, 0.98))
+        self.descent = Descent(self.layers, torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.98)), clip=1.0)
+        self.descent.losses = self.losses
 
     def run(
         self, until: int | None = None, progress: Callable[[int, float], None] | None = None
@@ -110,24 +113,15 @@ class Conversion:
         """
         for step in range(len(self.losses), self.settings.steps if until is None else until):
             if step == self.first:
-                self._start()
+                self._start(0.3 * self.settings.rate)
             second = step >= self.first
             tokens, weights = self.batch(step)
             loss = self.divergence(tokens, weights) if second else self.transfer(tokens)
-            if not bool(loss.isfinite()):
-                raise FloatingPointError(f"the loss of step {step} is {float(loss.detach())}")
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.layers.parameters(), 1.0)
             begun, length = (self.first, self.settings.steps - self.first) if second else (0, self.first)
-            share = (step - begun) / max(1, length)
-            rate = self.settings.rate * (0.3 if second else 1.0) * (0.5 + 0.5 * math.cos(math.pi * share))
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate * min(1.0, (step - begun + 1) / 10)
-            self.optimiser.step()
-            self.losses.append(float(loss.detach()))
+            warm = min(1.0, (step - begun + 1) / 10)
+            found = self.descent.step(loss, warm * cosine((step - begun) / max(1, length)))
             if progress is not None:
-                progress(step, self.losses[-1])
+                progress(step, found)
         return self.losses
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -191,18 +185,13 @@ class Conversion:
 
     def state_dict(self) -> dict[str, Any]:
         """With it a new `Conversion` of the same arguments goes on bit for bit."""
-        return {
-            "layers": self.layers.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "losses": list(self.losses),
-        }
+        return self.descent.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises RuntimeError for layers of other sizes."""
-        self.layers.load_state_dict(state["layers"])
-        self.losses = list(state["losses"])
-        if len(self.losses) != self.first:
-            self.optimiser.load_state_dict(state["optimiser"])
+        if len(state["losses"]) > self.first:
+            self._start(0.3 * self.settings.rate)
+        self.descent.load_state_dict(state)
 
 
 def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tilewise.descent import Descent, cosine
+
 
 class Pair(NamedTuple):
     """What a part of the teacher gave, without a graph, and what the student's part gave, with one."""
@@ -65,49 +67,38 @@ def distil(
         The loss of every step, those before a resumption included.
 
     Raises:
-        ValueError: names that do not exist, pairs of different shapes, a loss that is no scalar or not
-            finite, a student with nothing to train or whose trained parameters are the teacher's own, a
-            checkpoint of another student.
+        ValueError: names that do not exist, pairs of different shapes, a loss that is no scalar, a student
+            with nothing to train or whose trained parameters are the teacher's own, a checkpoint of another
+            student.
+        FloatingPointError: a loss that is not finite; the student is then as after the last good step.
         TypeError: a part that gives no tensor.
     """
     named = dict(parts) if isinstance(parts, Mapping) else {name: name for name in parts}
     trained = _check(teacher, student, named, forced, rate, every)
     made = optimizer(trained) if optimizer else torch.optim.AdamW(trained, rate, weight_decay=0.0)
-    rates = [group["lr"] for group in made.param_groups]
-    losses = _resume(checkpoint, student, made)
+    descent = Descent(student, made, clip)
+    _resume(checkpoint, descent)
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     devices = sorted({p.device.index or 0 for p in trained if p.device.type == "cuda"})
     with _modes(teacher, student), torch.random.fork_rng(devices):
-        done = len(losses)
+        done = len(descent.losses)
         for step, batch in enumerate(islice(iter(batches), done, None), done):
             torch.manual_seed(seed + step)
             arguments = _arguments(batch, inputs)
-            found = _found(teacher, student, named, arguments, forced)
-            value = loss(found, batch)
+            value = loss(_found(teacher, student, named, arguments, forced), batch)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise ValueError(
                     f"loss must give a scalar, got {getattr(value, 'shape', type(value).__name__)}"
                 )
-            losses.append(float(value.detach()))
-            if not torch.isfinite(value):
-                raise ValueError(f"loss is {losses[-1]} at step {step + 1}; try a smaller rate")
-            if total:
-                share = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * step / total)).item()
-                for group, first in zip(made.param_groups, rates):
-                    group["lr"] = first * share
-            made.zero_grad(set_to_none=True)
-            value.backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(trained, clip)
-            made.step()
+            found = descent.step(value, cosine(step / total) if total else 1.0)
             if progress is not None:
-                progress(step + 1, losses[-1])
+                progress(step + 1, found)
             if checkpoint is not None and (step + 1) % every == 0:
-                _save(checkpoint, student, made, losses)
+                _save(checkpoint, descent)
         made.zero_grad(set_to_none=True)
-    if checkpoint is not None and len(losses) > done:
-        _save(checkpoint, student, made, losses)
-    return losses
+    if checkpoint is not None and len(descent.losses) > done:
+        _save(checkpoint, descent)
+    return descent.losses
 
 
 def _check(
@@ -216,27 +207,18 @@ def _modes(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def _resume(
-    checkpoint: str | os.PathLike[str] | None, student: nn.Module, made: torch.optim.Optimizer
-) -> list[float]:
+def _resume(checkpoint: str | os.PathLike[str] | None, descent: Descent) -> None:
     if checkpoint is None or not Path(checkpoint).exists():
-        return []
+        return
     saved = torch.load(checkpoint, weights_only=True)
-    have = {name: p.shape for name, p in student.state_dict().items()}
-    if {name: p.shape for name, p in saved["student"].items()} != have:
+    have = {name: p.shape for name, p in descent.module.state_dict().items()}
+    if {name: p.shape for name, p in saved["module"].items()} != have:
         raise ValueError(f"checkpoint {str(checkpoint)!r} is of another student: names or shapes differ")
-    student.load_state_dict(saved["student"])
-    made.load_state_dict(saved["optimizer"])
-    return list(saved["losses"])
+    descent.load_state_dict(saved)
 
 
-def _save(
-    checkpoint: str | os.PathLike[str],
-    student: nn.Module,
-    made: torch.optim.Optimizer,
-    losses: list[float],
-) -> None:
+def _save(checkpoint: str | os.PathLike[str], descent: Descent) -> None:
     path = Path(checkpoint)
     part = path.with_name(path.name + ".part")  # whole or not at all
-    torch.save({"student": student.state_dict(), "optimizer": made.state_dict(), "losses": losses}, part)
+    torch.save(descent.state_dict(), part)
     os.replace(part, path)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tilewise.attention.gates.sizes import positive
 from tilewise.attention.method import Method
+from tilewise.descent import Descent, cosine
 
 Lessons = Mapping[int, Any]
 
@@ -84,9 +85,13 @@ class Fit:
         if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
             raise ValueError(f"rate must be a number > 0, got {rate!r}")
         self.gates, self.lessons, self.loss = gates, lessons, loss
-        self.steps, self.rate, self.seed = steps, rate, seed
-        self.losses: list[float] = []
-        self.optimiser = torch.optim.Adam(gates.parameters(), lr=rate, betas=(0.9, 0.98))
+        self.steps, self.seed = steps, seed
+        self.descent = Descent(gates, torch.optim.Adam(gates.parameters(), lr=rate, betas=(0.9, 0.98)))
+
+    @property
+    def losses(self) -> list[float]:
+        """Of all steps so far, means over layers."""
+        return self.descent.losses
 
     def run(
         self, until: int | None = None, progress: Callable[[int, float], None] | None = None
@@ -103,16 +108,11 @@ class Fit:
                 raise ValueError(f"a lesson has none of the layers {list(self.gates.layers)}")
             with torch.enable_grad():
                 total = torch.stack([self.loss(self.gates[layer], lesson[layer]) for layer in layers]).sum()
-                if not bool(total.isfinite()):
-                    raise FloatingPointError(f"the loss of step {step} is {float(total.detach())}")
-                self.optimiser.zero_grad(set_to_none=True)
-                total.backward()
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.rate * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
-            self.optimiser.step()
-            self.losses.append(float(total.detach()) / len(layers))
+                mean = self.descent.step(
+                    total, cosine(step / self.steps), float(total.detach()) / len(layers)
+                )
             if progress is not None:
-                progress(step, self.losses[-1])
+                progress(step, mean)
         return self.losses
 
     def _which(self, step: int) -> int:
@@ -123,17 +123,11 @@ class Fit:
 
     def state_dict(self) -> dict[str, Any]:
         """Gates, optimiser and what was found: with it a new `Fit` of the same arguments goes on bit for bit."""
-        return {
-            "gates": self.gates.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "losses": list(self.losses),
-        }
+        return self.descent.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.gates.load_state_dict(state["gates"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.losses = list(state["losses"])
+        self.descent.load_state_dict(state)
 
 
 def fit(
