@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from tilewise.transforms.checks import NORMS, ORDERS, check_choice, check_dim, widened
+from tilewise.transforms.kept import kept
 
 
 def fft(x: Tensor, dim: int = -1, *, order: str = "natural", norm: str = "backward") -> Tensor:
@@ -74,11 +73,6 @@ def bit_reversed(n: int, device: torch.device | str | None = None) -> Tensor:
     return found
 
 
-@lru_cache(maxsize=64)
-def _bit_reversed(n: int, device: torch.device) -> Tensor:
-    return bit_reversed(n, device)
-
-
 def _check(x: Tensor, dim: int, order: str, norm: str, *, is_complex: bool) -> None:
     n = check_dim(x, dim, is_complex=is_complex)
     check_choice("order", order, ORDERS)
@@ -95,7 +89,7 @@ def _check_power(n: int, order: str) -> None:
 
 
 def _to_natural(x: Tensor, dim: int, order: str) -> Tensor:
-    return x if order == "natural" else x.index_select(dim, _bit_reversed(x.shape[dim], x.device))
+    return x if order == "natural" else x.index_select(dim, kept(bit_reversed, x.shape[dim], x.device))
 
 
 _from_natural = _to_natural  # reversing bits twice does nothing

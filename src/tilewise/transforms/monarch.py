@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tilewise.transforms.checks import NORMS, check_choice, check_dim, widened
+from tilewise.transforms.kept import kept
 
 MONARCH_ORDERS = ("natural", "monarch")
 
@@ -81,9 +81,9 @@ def _forward(x: Tensor, factors: tuple[int, ...], natural: bool) -> Tensor:
     first, *rest = factors
     n = x.shape[-1]
     if not rest:
-        return x @ _dft(n, x.dtype, x.device)
+        return x @ kept(_dft, n, x.dtype, x.device)
     columns = x.unflatten(-1, (first, n // first))  # sample j1 n2 + j2
-    columns = (_dft(first, x.dtype, x.device) @ columns) * _turns(first, n, x.dtype, x.device)
+    columns = (kept(_dft, first, x.dtype, x.device) @ columns) * kept(_turns, first, n, x.dtype, x.device)
     rows = _forward(columns, tuple(rest), natural)  # [.., k1, k2], frequency k1 + n1 k2
     return (rows.mT if natural else rows).flatten(-2)
 
@@ -93,20 +93,18 @@ def _inverse(x: Tensor, factors: tuple[int, ...], natural: bool) -> Tensor:
     first, *rest = factors
     n = x.shape[-1]
     if not rest:
-        return x @ _dft(n, x.dtype, x.device).conj()
+        return x @ kept(_dft, n, x.dtype, x.device).conj()
     rows = x.unflatten(-1, (n // first, first)).mT if natural else x.unflatten(-1, (first, n // first))
-    columns = _inverse(rows, tuple(rest), natural) * _turns(first, n, x.dtype, x.device).conj()
-    return (_dft(first, x.dtype, x.device).conj() @ columns).flatten(-2)
+    columns = _inverse(rows, tuple(rest), natural) * kept(_turns, first, n, x.dtype, x.device).conj()
+    return (kept(_dft, first, x.dtype, x.device).conj() @ columns).flatten(-2)
 
 
-@lru_cache(maxsize=64)
 def _dft(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The symmetric matrix exp(-2 pi i j k / n)."""
     at = torch.arange(n, device=device)
     return _unit(at.unsqueeze(1) * at % n, n, dtype)
 
 
-@lru_cache(maxsize=64)
 def _turns(first: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The factors exp(-2 pi i k1 j2 / n) between two products, `[first, n // first]`."""
     return _unit(

@@ -52,7 +52,8 @@ def explain_fwht(x: Tensor, dim: int = -1, *, normalize: bool = True, engine: st
 def _bind(x: Tensor, dim: int, normalize: bool) -> tuple[Tensor, kernel.Call]:
     """`x` with the dimension last, and the kernel's call over its rows."""
     n = check_dim(x, dim)
-    if orders.factors(n) is None:
+    # While compiling the operator itself has to find out: a size may be a symbol there.
+    if not torch.compiler.is_compiling() and orders.factors(n) is None:
         sizes = " and ".join(map(str, orders.nearest(n)))
         raise ValueError(
             f"x must have a size along dim {dim} whose odd part is at most {orders.MOST_ODD}, got {n}; the nearest"
