@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Basis:
-    """Independent rows, kept reduced: none has a bit set where another has its highest."""
+    """Independent rows, reduced so far that no two have their highest bit at one place."""
 
     def __init__(self, rows: Iterable[int] = ()) -> None:
         self._rows: dict[int, int] = {}  # by the place of the highest bit
@@ -70,9 +70,9 @@ def inverse(rows: Sequence[int]) -> list[int]:
     return [row >> size for row in work]
 
 
-def bits_of(rows: Sequence[int], size: int) -> Tensor:
-    """Rows as numbers 0 and 1, float64 `[len(rows), size]`, lowest bit first."""
-    return torch.tensor([[row >> i & 1 for i in range(size)] for row in rows], dtype=torch.float64).view(-1, size)
+def transposed(rows: Sequence[int]) -> list[int]:
+    """The columns of a square matrix, as rows."""
+    return [sum((row >> i & 1) << j for j, row in enumerate(rows)) for i in range(len(rows))]
 
 
 def span(columns: Sequence[int]) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from tilewise.transforms.sparse.binary import bits_of, independent, inverse, random_rows, span
+from tilewise.transforms.sparse.binary import independent, inverse, random_rows, span, transposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,9 @@ class Plan:
     read by several.
 
     Args:
+        n, b: as above.
         positions: int64 `[C, P, 2^b]`, samples to read.
-        hashes, offsets: bits of M_c^T, float64 `[C, b, n]`, and of the offsets `[C, P, n]`.
-        bins: bits of the bins' numbers, float64 `[b, 2^b]`.
-        chosen: int64 `[C, T, n - b + 1]`, offsets of each decoder; the one more tells the coefficient's own sign.
-        decoders: float64 `[C, T, n + 1, n + 1]`, from the bits of a bin and the signs at its offsets to those of k
-            and its sign.
+        hashes, offsets, chosen, decoders: as `kernels.peel_bins.Call` has them.
     """
 
     n: int
@@ -35,11 +32,10 @@ class Plan:
     positions: Tensor
     hashes: Tensor
     offsets: Tensor
-    bins: Tensor
     chosen: Tensor
     decoders: Tensor
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Different samples that are read."""
         return int(self.positions.unique().numel())
@@ -50,14 +46,11 @@ def make_plan(n: int, b: int, groups: int, offsets: int | None, decoders: int, s
     """A plan with random hashes. `offsets` random ones a group, or None for the n - b + 1 that suffice without noise."""
     source = random.Random(seed)
     made = [_group(n, b, offsets, decoders if offsets else 1, source) for _ in range(groups)]
-    positions, hashes, own, chosen, inverses = (torch.stack(parts) for parts in zip(*made))
-    at = torch.arange(1 << b)
-    bins = torch.stack([at >> i & 1 for i in range(b)]).double() if b else torch.zeros(0, 1).double()
-    return Plan(n, b, positions, hashes, own, bins, chosen, inverses)
+    return Plan(n, b, *(torch.stack(parts) for parts in zip(*made)))
 
 
 def _group(n: int, b: int, offsets: int | None, decoders: int, source: random.Random) -> tuple[Tensor, ...]:
-    """One group's positions, bits of its hash and offsets, and decoders."""
+    """One group's positions, hashes, offsets, chosen ones and decoders."""
     columns, sign = random_rows(b, n, source), 1 << n
     if offsets is None:
         units = [1 << i for i in range(n)]
@@ -73,8 +66,8 @@ def _group(n: int, b: int, offsets: int | None, decoders: int, source: random.Ra
         if decoders > 1:
             source.shuffle(order)
         taken = [order[i] for i in independent(columns, [equations[i] for i in order], n + 1)]
-        chosen.append(torch.tensor(taken))
-        inverses.append(bits_of(inverse([*columns, *(equations[i] for i in taken)]), n + 1))
+        chosen.append(taken)
+        inverses.append(transposed(inverse([*columns, *(equations[i] for i in taken)])))
     samples = span(columns)
     positions = torch.stack([samples ^ d for d in own])
-    return positions, bits_of(columns, n), bits_of(own, n), torch.stack(chosen), torch.stack(inverses)
+    return positions, *(torch.tensor(x, dtype=torch.int64) for x in (columns, own, chosen, inverses))
