@@ -15,7 +15,9 @@ from tilewise.transforms.sparse.plan import make_plan
 FAST = ["torch", "native"]
 
 
-def make(n: int = 9, b: int = 3, sparsity: int = 6, noise: float = 0.0, seed: int = 0, groups: int = 3) -> Call:
+def make(
+    n: int = 9, b: int = 3, sparsity: int = 6, noise: float = 0.0, seed: int = 0, groups: int = 3
+) -> Call:
     """Bins of random coefficients between 1 and 2 in size, filled in from their definition, and noise."""
     plan = make_plan(n, b, groups, 3 * n if noise else None, 8, seed)
     g = torch.Generator().manual_seed(seed)
@@ -24,7 +26,9 @@ def make(n: int = 9, b: int = 3, sparsity: int = 6, noise: float = 0.0, seed: in
     left = noise * torch.randn(groups, plan.offsets.shape[1], 1 << b, generator=g).double()
     for c in range(groups):
         for place, size in zip(places, sizes):
-            number = sum(bin(row & place).count("1") % 2 << i for i, row in enumerate(plan.hashes[c].tolist()))
+            number = sum(
+                bin(row & place).count("1") % 2 << i for i, row in enumerate(plan.hashes[c].tolist())
+            )
             for p, d in enumerate(plan.offsets[c].tolist()):
                 left[c, p, number] += size * (-1) ** bin(d & place).count("1")
     allowed = max(noise**2, 1e-24) * (1 + 4 * math.sqrt(2 / left.shape[1]))
@@ -87,6 +91,10 @@ def test_strides(engine):
 
 def test_engines_that_cannot_run_say_so():
     call = replace(make(), n=62)
-    assert "at most 61 bits" in explain(call).refused["native"] and set(ENGINES) == {"native", "torch", "definition"}
+    assert "at most 61 bits" in explain(call).refused["native"] and set(ENGINES) == {
+        "native",
+        "torch",
+        "definition",
+    }
     with pytest.raises(EngineRefused, match="engine 'native' cannot run this call"):
         peel_bins(call, "native")

@@ -131,7 +131,10 @@ def test_monarch_is_the_transform(factors, norm, inverse):
     n = math.prod(factors)
     x = torch.randn(3, n, dtype=torch.complex64)
     naive = dft_matrix(n).conj() if inverse else dft_matrix(n)
-    naive = naive * {"backward": 1 / n if inverse else 1, "ortho": n**-0.5, "forward": 1 if inverse else 1 / n}[norm]
+    naive = (
+        naive
+        * {"backward": 1 / n if inverse else 1, "ortho": n**-0.5, "forward": 1 if inverse else 1 / n}[norm]
+    )
     want = x.to(torch.complex128) @ naive
     got = monarch_dft(x, factors=factors, norm=norm, inverse=inverse)
     held(got, x @ naive.to(x.dtype), want)
@@ -182,7 +185,9 @@ def test_low_precision_is_widened():
     assert dct(torch.randn(8).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("run", [lambda x: fft(x, order="bit-reversed"), dct, lambda x: monarch_dft(x, (4, 4))])
+@pytest.mark.parametrize(
+    "run", [lambda x: fft(x, order="bit-reversed"), dct, lambda x: monarch_dft(x, (4, 4))]
+)
 def test_compiles_whole(run, monkeypatch):
     monkeypatch.undo()
     torch._dynamo.reset()

@@ -125,7 +125,9 @@ def test_values_of_all_sizes():
     n = 13
     g = torch.Generator().manual_seed(5)
     index = torch.randperm(1 << n, generator=g)[:40].sort().values
-    value = 10 ** (3 * torch.rand(40, generator=g).double()) * torch.where(torch.rand(40, generator=g) < 0.5, -1, 1)
+    value = 10 ** (3 * torch.rand(40, generator=g).double()) * torch.where(
+        torch.rand(40, generator=g) < 0.5, -1, 1
+    )
     x = signal(n, index, value)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
         got = sparse_fwht(x.to(dtype), sparsity=32)
@@ -140,7 +142,11 @@ def test_the_same_from_a_function():
     sampled = Sampled(n, index, value)
     got = sparse_fwht(sampled, 10, size=1 << n, groups=3, bins=16, rounds=20)
     whole = sparse_fwht(signal(n, index, value), 10)
-    assert found(got, index) and torch.equal(got.index, whole.index) and got.samples == whole.samples <= sampled.read
+    assert (
+        found(got, index)
+        and torch.equal(got.index, whole.index)
+        and got.samples == whole.samples <= sampled.read
+    )
     assert got.size == 1 << n and 1 <= got.rounds <= 20
 
 

@@ -36,7 +36,7 @@ def fwht(x: Tensor, dim: int = -1, *, normalize: bool = True, engine: str = "aut
         A tensor of x's shape and dtype.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; a size whose odd part exceeds 1024, with the nearest
+        ValueError, TypeError: an argument that does not fit; a size whose odd part exceeds 2048, with the nearest
             sizes that work.
     """
     rows, call = _bind(x, dim, normalize)
@@ -82,7 +82,9 @@ def hadamard(n: int, *, normalize: bool = True, dtype: torch.dtype = torch.float
     made = transform_factors(n)
     if made is None:
         sizes = " and ".join(map(str, orders.nearest(n)))
-        raise ValueError(f"n must have an odd part of at most {orders.MOST_ODD}, got {n}; the nearest are {sizes}")
+        raise ValueError(
+            f"n must have an odd part of at most {orders.MOST_ODD}, got {n}; the nearest are {sizes}"
+        )
     at = torch.arange(made.power)
     common = at.unsqueeze(1) & at
     signs = torch.zeros_like(common)

@@ -8,7 +8,6 @@ block of a size that is not a power of two is PyTorch's product of matrices.
 
 from __future__ import annotations
 
-import array
 import struct
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def _transform(x: Tensor, out: Tensor, n: int, scale: float, rows: int, stride: 
             x.data_ptr(), out.data_ptr(), KINDS[x.dtype], KINDS[out.dtype], rows, n, stride,
             scale, torch.get_num_threads(),
         )  # fmt: skip
-        LIBRARY.call("tilewise_fwht_forward", array.array("q", words))
+        LIBRARY.call("tilewise_fwht_forward", words)
     return out
 
 

@@ -20,7 +20,11 @@ def run(call: Call, engine: str) -> Tensor:
     thousand numbers.
     """
     x = call.x
-    if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+    ):
         return torch.ops.tilewise.fwht(x, call.scale, engine)
     return IMPLEMENTATIONS[engine](call)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MOST_HADAMARD = 512  # largest block of Paley's that is taken: the work per number grows with it
-MOST_ODD = 1024  # largest Hartley block
+MOST_ODD = 2048  # largest Hartley block
 
 
 @dataclass(frozen=True)

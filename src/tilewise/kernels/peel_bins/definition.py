@@ -49,19 +49,17 @@ def _single(call: Call, group: int, number: int, seen: list[float]) -> tuple[int
     if not _power(seen) > call.allowed:
         return None
     offsets, b = call.offsets[group].tolist(), call.hashes.shape[1]
-    best = (0, 0.0)
     for columns, chosen in zip(call.decoders[group].tolist(), call.chosen[group].tolist()):
         equations = [number >> i & 1 for i in range(b)] + [int(seen[p] < 0) for p in chosen]
         solved = 0
         for column, holds in zip(columns, equations):
             solved ^= column * holds
         place = solved & (1 << call.n) - 1
-        mean = sum(x * (1 - 2 * _odd(d & place)) for x, d in zip(seen, offsets)) / len(seen)
-        if abs(mean) > abs(best[1]):
-            best = (place, mean)
-    place, value = best
-    rest = _power([x - value * (1 - 2 * _odd(d & place)) for x, d in zip(seen, offsets)])
-    return best if rest <= call.allowed < value * value else None
+        value = sum(x * (1 - 2 * _odd(d & place)) for x, d in zip(seen, offsets)) / len(seen)
+        rest = _power([x - value * (1 - 2 * _odd(d & place)) for x, d in zip(seen, offsets)])
+        if rest <= call.allowed < value * value:
+            return place, value
+    return None
 
 
 def _take_out(call: Call, left: list[list[list[float]]], place: int, value: float) -> None:

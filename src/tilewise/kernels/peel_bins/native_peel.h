@@ -20,16 +20,20 @@ struct Bins {
   int64_t groups, offsets, bins, b, decoders, n, rounds;
 };
 
-inline double sign_of(int64_t common) { return __builtin_parityll(common) ? -1.0 : 1.0; }
+constexpr int64_t WORD = 64;
 
 class Peel {
  public:
   explicit Peel(const Bins& c)
-      : c_(c), allowed_(*c.allowed), left_(c.groups * c.bins * c.offsets), dirty_(c.groups * c.bins, 1) {
-    for (int64_t g = 0; g < c.groups; ++g)  // an offset's bins lie together; here a bin's offsets do
-      for (int64_t p = 0; p < c.offsets; ++p)
-        for (int64_t j = 0; j < c.bins; ++j)
-          left_[(g * c.bins + j) * c.offsets + p] = c.left[(g * c.offsets + p) * c.bins + j];
+      : c_(c), allowed_(*c.allowed), words_((c.offsets + WORD - 1) / WORD), left_(c.groups * c.bins * c_.offsets),
+        signs_(c.groups * c.n * words_), own_(words_), dirty_(c.groups * c.bins, 1) {
+    for (int64_t g = 0; g < c.groups; ++g)
+      for (int64_t p = 0; p < c.offsets; ++p) {
+        for (int64_t j = 0; j < c.bins; ++j)  // an offset's bins lie together; here a bin's offsets do
+          left_[(g * c.bins + j) * c_.offsets + p] = c.left[(g * c.offsets + p) * c.bins + j];
+        for (int64_t i = 0; i < c.n; ++i)
+          signs_[(g * c.n + i) * words_ + p / WORD] |= uint64_t(c.shifts[g * c.offsets + p] >> i & 1) << p % WORD;
+      }
   }
 
   void run() {
@@ -65,13 +69,42 @@ class Peel {
     double value;
   };
 
-  const double* bin(int64_t at) const { return left_.data() + at * c_.offsets; }
+  double* bin(int64_t at) { return left_.data() + at * c_.offsets; }
 
-  double power(int64_t at) const {
-    const double* seen = bin(at);
+  // The sum over all offsets of f(what is seen, whether its sign is turned), in as many parts as fill registers.
+  template <typename F>
+  double sum_over(const double* seen, const F& f) const {
+    constexpr int64_t PARTS = 16;
+    double parts[PARTS] = {};
+    int64_t p = 0;
+    for (; p + PARTS <= c_.offsets; p += PARTS) {
+      const uint64_t bits = own_[p / WORD] >> p % WORD;
+      for (int64_t i = 0; i < PARTS; ++i) parts[i] += f(turned(seen[p + i], bits >> i));
+    }
+    for (; p < c_.offsets; ++p) parts[p % PARTS] += f(turned(seen[p], own_[p / WORD] >> p % WORD));
     double sum = 0;
-    for (int64_t p = 0; p < c_.offsets; ++p) sum += seen[p] * seen[p];
-    return sum / c_.offsets;
+    for (double part : parts) sum += part;
+    return sum;
+  }
+
+  // With the other sign where the lowest bit says so.
+  static double turned(double x, uint64_t bits) {
+    uint64_t own;
+    std::memcpy(&own, &x, sizeof(x));
+    own ^= bits << 63;
+    std::memcpy(&x, &own, sizeof(x));
+    return x;
+  }
+
+  double power(int64_t at) {
+    return sum_over(bin(at), [](double x) { return x * x; }) / c_.offsets;
+  }
+
+  // The signs of a place at all offsets of a group.
+  void find_signs(int64_t group, int64_t place) {
+    std::fill(own_.begin(), own_.end(), 0);
+    for (int64_t i = 0; i < c_.n; ++i)
+      for (int64_t w = 0; w < words_; ++w) own_[w] ^= signs_[(group * c_.n + i) * words_ + w] & -uint64_t(place >> i & 1);
   }
 
   // The place that one decoder reads from a bin.
@@ -84,29 +117,20 @@ class Peel {
     return solved & ((int64_t(1) << c_.n) - 1);
   }
 
-  double mean_at(const int64_t* shifts, int64_t place, const double* seen) const {
-    double sum = 0;
-    for (int64_t p = 0; p < c_.offsets; ++p) sum += sign_of(shifts[p] & place) * seen[p];
-    return sum / c_.offsets;
-  }
-
-  void decode(int64_t at, std::vector<Single>& found) const {
+  void decode(int64_t at, std::vector<Single>& found) {
     if (!(power(at) > allowed_)) return;
-    const int64_t group = at / c_.bins, *shifts = c_.shifts + group * c_.offsets;
+    const int64_t group = at / c_.bins;
     const double* seen = bin(at);
-    Single best{0, 0};
-    for (int64_t t = 0; t < c_.decoders; ++t) {
+    for (int64_t t = 0, last = -1; t < c_.decoders; ++t) {
       const int64_t place = place_by(group, at % c_.bins, t, seen);
-      if (t && place == best.place) continue;
-      const double mean = mean_at(shifts, place, seen);
-      if (std::fabs(mean) > std::fabs(best.value)) best = {place, mean};
+      if (place == last) continue;
+      last = place;
+      find_signs(group, place);
+      const double value = sum_over(seen, [](double x) { return x; }) / c_.offsets;
+      if (!(value * value > allowed_)) continue;
+      const double rest = sum_over(seen, [&](double x) { return (x - value) * (x - value); });
+      if (rest / c_.offsets <= allowed_) return found.push_back({place, value});
     }
-    double rest = 0;
-    for (int64_t p = 0; p < c_.offsets; ++p) {
-      const double x = seen[p] - best.value * sign_of(shifts[p] & best.place);
-      rest += x * x;
-    }
-    if (rest / c_.offsets <= allowed_ && best.value * best.value > allowed_) found.push_back(best);
   }
 
   void take_out(const Single& one) {
@@ -114,9 +138,10 @@ class Peel {
       int64_t number = 0;
       for (int64_t i = 0; i < c_.b; ++i)
         number |= int64_t(__builtin_parityll(c_.hashes[g * c_.b + i] & one.place)) << i;
-      const int64_t at = g * c_.bins + number, *shifts = c_.shifts + g * c_.offsets;
-      double* seen = left_.data() + at * c_.offsets;
-      for (int64_t p = 0; p < c_.offsets; ++p) seen[p] -= one.value * sign_of(shifts[p] & one.place);
+      const int64_t at = g * c_.bins + number;
+      double* seen = bin(at);
+      find_signs(g, one.place);
+      for (int64_t p = 0; p < c_.offsets; ++p) seen[p] -= turned(one.value, own_[p / WORD] >> p % WORD);
       dirty_[at] = 1;
     }
   }
@@ -137,7 +162,9 @@ class Peel {
 
   const Bins& c_;
   const double allowed_;
-  std::vector<double> left_;  // [groups, bins, offsets]
+  const int64_t words_;                 // of the signs at all offsets
+  std::vector<double> left_;            // [groups, bins, offsets]
+  std::vector<uint64_t> signs_, own_;   // of each bit of a place, [groups, n, words], and of one place
   std::vector<char> dirty_;
 };
 

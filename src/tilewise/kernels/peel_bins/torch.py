@@ -55,13 +55,13 @@ class _Group:
         known = self.bins[at].T.expand(len(signs), -1, -1)
         places = (self.decoders @ torch.cat((known, signs), 1)).remainder(2)[:, : self.n]  # [T, n, bins]
         turned = 1 - 2 * (self.offsets @ places).remainder(2)  # [T, P, bins]
-        best = (turned * left).mean(1).abs().argmax(0)
-        each = torch.arange(len(at), device=at.device)
-        own, place = turned[best, :, each].T, places[best, :, each]  # [P, bins], [bins, n]
-        value = (own * left).mean(0)
-        rest = (left - own * value).square().mean(0)
+        value = (turned * left).mean(1)  # [T, bins]
+        rest = (left - turned * value.unsqueeze(1)).square().mean(1)
         alone = (rest <= self.allowed) & (value.square() > self.allowed)
-        return _number(place)[alone], value[alone]
+        first = (alone & (alone.cumsum(0) == 1)).double()
+        index, value = _number((places * first.unsqueeze(1)).sum(0).T), (value * first).sum(0)
+        found = alone.any(0)
+        return index[found], value[found]
 
     def take_out(self, index: Tensor, value: Tensor) -> None:
         """Subtract coefficients from their bins, in place."""

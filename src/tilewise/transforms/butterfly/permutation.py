@@ -68,10 +68,7 @@ class RelaxedPermutation(nn.Module):
         self.logits = nn.Parameter(0.5 * torch.randn(levels_of(n) - 1, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        for level, row in enumerate(self.logits.sigmoid()):
-            for which, p in enumerate(row):
-                x = x + p * (_apply(x, self.n >> level, which) - x)
-        return x
+        return relaxed(x, self.logits)
 
     def hard(self) -> Permutation:
         return Permutation(self.n, (self.logits > 0).detach())
@@ -81,6 +78,15 @@ class RelaxedPermutation(nn.Module):
         if not len(self.logits):
             return 1.0
         return float((2 * self.logits.detach().sigmoid() - 1).abs().mean())
+
+
+def relaxed(x: Tensor, logits: Tensor) -> Tensor:
+    """The mixture of permutations of `x [..., n]`; leading axes of `logits [..., levels, 3]` broadcast with those of x."""
+    chances, n = logits.sigmoid(), x.shape[-1]
+    for level in range(logits.shape[-2]):
+        for which in range(3):
+            x = x + chances[..., level, which, None] * (_apply(x, n >> level, which) - x)
+    return x
 
 
 def _apply(x: Tensor, size: int, which: int) -> Tensor:

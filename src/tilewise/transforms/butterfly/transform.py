@@ -95,7 +95,9 @@ def exact(name: str, n: int, kernel: Tensor | None = None) -> Butterfly:
         raise ValueError(f"name must be 'dft', 'idft', 'dct', 'hadamard' or 'circulant', got {name!r}")
     shape = None if kernel is None else tuple(kernel.shape)
     if shape != ((n,) if name == "circulant" else None):
-        raise ValueError(f"kernel must be [{n}] for 'circulant' and is for nothing else, got {shape} for {name!r}")
+        raise ValueError(
+            f"kernel must be [{n}] for 'circulant' and is for nothing else, got {shape} for {name!r}"
+        )
     if name == "hadamard":
         made = Butterfly(n, permutation="identity").double()
         signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) * math.sqrt(0.5)
@@ -125,7 +127,10 @@ def _fourier(n: int) -> Tensor:
     for level in range(levels_of(n)):
         h = 1 << level
         angle = -math.pi / h * torch.arange(h, dtype=torch.float64)
-        ones, turns = torch.polar(torch.ones_like(angle), 0 * angle), torch.polar(torch.ones_like(angle), angle)
+        ones, turns = (
+            torch.polar(torch.ones_like(angle), 0 * angle),
+            torch.polar(torch.ones_like(angle), angle),
+        )
         levels.append(torch.stack((torch.stack((ones, turns)), torch.stack((ones, -turns)))))
     return torch.cat(levels, 2) * math.sqrt(0.5)
 

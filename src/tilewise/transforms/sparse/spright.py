@@ -13,7 +13,9 @@ from tilewise.kernels import peel_bins as kernel
 from tilewise.transforms.sparse.plan import make_plan
 from tilewise.transforms.walsh import fwht
 
-ROUNDING = 16  # noise of a noiseless signal, in units of its samples' rounding; sums and peeling add up more of it
+ROUNDING = (
+    16  # noise of a noiseless signal, in units of its samples' rounding; sums and peeling add up more of it
+)
 MOST_BITS = 61  # of a place, so that integers of 64 bits hold it with a sign
 MOST_ROUNDS = 100
 
@@ -104,7 +106,9 @@ def sparse_fwht(
     return SparseSpectrum(index, value, 1 << n, plan.samples, found.explained, found.rounds)
 
 
-def _check(x: Tensor | Callable[[Tensor], Tensor], size: int | None) -> tuple[int, Callable[[Tensor], Tensor]]:
+def _check(
+    x: Tensor | Callable[[Tensor], Tensor], size: int | None
+) -> tuple[int, Callable[[Tensor], Tensor]]:
     """log2 of the size, and how samples are read."""
     if isinstance(x, Tensor):
         if x.ndim != 1 or not x.is_floating_point():
