@@ -2,9 +2,9 @@
 
     python benchmarks/transforms.py [--quick] [fwht blocks sparse]
 
-Plain PyTorch's best Walsh-Hadamard transform here is a product with each of three Kronecker factors; a real FFT of the
-same size computes something else and says what such a transform may cost. qmcpy is raced where it is installed. Rates
-count n log2(n) additions, whatever a contender does.
+Plain PyTorch's best Walsh-Hadamard transform here is a product with each of three Kronecker factors; a real
+FFT of the same size computes something else and says what such a transform may cost. qmcpy is raced where it
+is installed. Rates count n log2(n) additions, whatever a contender does.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def blocks(sizes: list[int], batch: int = 256) -> list[harness.Row]:
 
 
 def sparse(levels: list[int]) -> list[harness.Row]:
-    """N^(1/3) coefficients, without noise and at 10 dB; the share of 50 draws that are found is in the names."""
+    """N^(1/3) coefficients, without noise and at 10 dB; names say how many of 50 draws are found."""
     rows = []
     for level in levels:
         n, sparsity = 1 << level, round(2 ** (level / 3))

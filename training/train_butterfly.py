@@ -1,11 +1,11 @@
-"""Learns butterfly factors of the Fourier, cosine and Hadamard transforms, for tests/transforms/test_butterfly.py.
+"""Learns butterfly factors of Fourier, cosine and Hadamard transforms, for tests/transforms/test_butterfly.py.
 
     python training/train_butterfly.py                # all of them, some minutes of one core
     python training/train_butterfly.py dft-32 dct-8   # these
 
-Gradient descent from random factors and random relaxed permutations, then L-BFGS in float64 with the permutation it
-found (`learn_butterfly`). Seeds are fixed: the same machine and version of PyTorch give the same factors. What is kept
-is float64, since the claim is about machine precision; complex numbers are pairs.
+Gradient descent from random factors and random relaxed permutations, then L-BFGS in float64 with the
+permutation it found (`learn_butterfly`). Seeds are fixed: the same machine and version of PyTorch give the
+same factors. What is kept is float64, since the claim is about machine precision; complex numbers are pairs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform: blocks, every engine against the definition, and the definition against its entries."""
+"""The Walsh-Hadamard transform: blocks, engines against the definition, and that against its entries."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_float64_of_integers_is_exact(engine, n):
 @pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("n", [3, 15, 107, 214])
 def test_float64_with_hartley_blocks(engine, n):
-    """Each number is off by at most as many roundings as it has terms, of the terms' sizes (Higham, 2002, 3.1)."""
+    """A number is off by at most as many roundings as it has terms, of their sizes (Higham, 2002, 3.1)."""
     x = make(4, n, torch.float64)
     error = (fwht(Call(x, 1.0), engine) - fwht(Call(x, 1.0), "definition")).abs()
     terms = 2**0.5 * x.abs().sum(1, keepdim=True)
@@ -164,7 +164,7 @@ def test_any_number_of_threads(rows, n):
 @pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("n", [8, 96, 256])
 def test_strides(engine, n):
-    """Columns of a matrix, a slice of wider rows, every second number, an expanded row, storage with an offset."""
+    """Columns, a slice of wider rows, every second number, an expanded row, storage with an offset."""
     for x in (
         make(n, 5).T,
         make(5, 3 * n)[:, n : 2 * n],

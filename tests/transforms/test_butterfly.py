@@ -1,4 +1,4 @@
-"""Butterfly products: exact factors, learned ones that recover transforms to machine precision, and a layer of them."""
+"""Butterfly products: exact factors, learned ones that recover transforms, and a layer of them."""
 
 from __future__ import annotations
 
@@ -64,10 +64,11 @@ def best_of_equal_size(matrix: Tensor, numbers: int) -> tuple[float, float]:
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("n", SIZES)
 def test_learned_factors_are_the_transform_to_machine_precision(name, n):
-    """Found by gradient descent from random numbers, they are as exact as factors written down from the formula.
+    """Found by gradient descent from random numbers, they are as exact as factors from the formula.
 
-    Both are products of log2(n) rounded factors; the budget of 8 allows for factors that are not unitary one by one.
-    Controls: no matrix of low rank and no sparse one of as many numbers comes near, the best of either being known.
+    Both are products of log2(n) rounded factors; the budget of 8 allows for factors that are not unitary one
+    by one. Controls: no matrix of low rank and no sparse one of as many numbers comes near, the best of
+    either being known.
     """
     made, want = learned(name, n), target(name, n)
     error = rms(made.matrix() - want)
@@ -84,8 +85,10 @@ def test_learned_factors_are_the_transform_to_machine_precision(name, n):
 
 @pytest.mark.evidence
 def test_gradient_descent_finds_the_fft():
-    """From random factors and a random mixture of permutations, here and now; with the order of the samples left as it
-    is, the same descent does not."""
+    """From random factors and a random mixture of permutations, here and now.
+
+    With the order of the samples left as it is, the same descent does not.
+    """
     want = target("dft", 8)
     found = learn_butterfly(
         want,
@@ -162,10 +165,10 @@ def test_permutations():
     choices = torch.zeros(4, 3, dtype=torch.bool)
     choices[0, 0] = choices[0, 2] = True
     assert torch.equal(Permutation(n=n, choices=choices)(x), x[:, order])
-    choices = torch.rand(4, 3) > 0.5
+    choices = (torch.rand(2, 3) > 0.5)[[0, 1, 1, 1]]
     relaxed = RelaxedPermutation(n=n)
     with torch.no_grad():
-        relaxed.logits.copy_(torch.where(choices, 50.0, -50.0))
+        relaxed.logits.copy_(torch.where(choices[:2], 50.0, -50.0))
     assert torch.equal(relaxed.hard().choices, choices) and relaxed.sharpness == 1
     torch.testing.assert_close(relaxed(x), Permutation(n, choices)(x))
     assert sorted(Permutation(n, choices).index.tolist()) == list(range(n))
@@ -287,7 +290,7 @@ def accuracy(hidden: nn.Module, steps: int = 500) -> float:
 
 @pytest.mark.evidence
 def test_a_compressed_hidden_layer_beats_low_rank_and_dense():
-    """A hidden layer of a quarter of the numbers, as in the paper's task; the control has as many, of low rank."""
+    """A hidden layer of a quarter of the numbers, as in the paper's task; the control is of low rank."""
     torch.manual_seed(0)
     butterfly = ButterflyLinear(WIDTH, WIDTH)
     numbers = butterfly.twiddle.numel()
@@ -303,7 +306,10 @@ def test_a_compressed_hidden_layer_beats_low_rank_and_dense():
         (lambda: Butterfly(12), "n must be a power of two, at least 2, got 12"),
         (lambda: Butterfly(8, depth=0), "depth must be an integer >= 1, got 0"),
         (lambda: Butterfly(8, numbers="integers"), "numbers must be one of 'real', 'complex', 'real part'"),
-        (lambda: Butterfly(8, permutation="random"), "permutation must be 'identity', 'bit-reversed' or 'cosine'"),
+        (
+            lambda: Butterfly(8, permutation="random"),
+            "permutation must be 'identity', 'bit-reversed' or 'cosine'",
+        ),
         (lambda: Butterfly(8)(torch.randn(2, 4)), r"x must be \[..., 8\], got \[2, 4\]"),
         (lambda: Butterfly(8)(torch.randn(8) + 0j), "x must be real for numbers='real'"),
         (lambda: Permutation(8, torch.zeros(3, 3) > 0), r"choices must be bool \[2, 3\] for n = 8"),
@@ -311,13 +317,16 @@ def test_a_compressed_hidden_layer_beats_low_rank_and_dense():
         (lambda: exact("circulant", 8), r"kernel must be \[8\] for 'circulant'"),
         (lambda: exact("dft", 8, torch.randn(8)), "is for nothing else"),
         (lambda: ButterflyLinear(0, 4), "in_features must be an integer >= 1, got 0"),
-        (lambda: ButterflyLinear(4, 4, permutation="cosine"), "permutation must be 'bit-reversed' or 'identity'"),
+        (
+            lambda: ButterflyLinear(4, 4, permutation="cosine"),
+            "permutation must be 'bit-reversed' or 'identity'",
+        ),
         (lambda: ButterflyLinear(4, 4)(torch.randn(3)), r"x must be \[..., 4\], got \[3\]"),
         (lambda: learn_butterfly(torch.randn(3, 4)), "target must be a square matrix"),
         (lambda: learn_butterfly(torch.randn(4, 4), numbers="complex"), "target must be complex"),
         (lambda: learn_butterfly(torch.randn(4, 4), starts=0), "starts must be an integer >= 1, got 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()

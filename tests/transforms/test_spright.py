@@ -1,4 +1,4 @@
-"""Sparse Walsh-Hadamard spectra: exact from few samples, noisy ones, how many samples, and what fails without them."""
+"""Sparse Walsh-Hadamard spectra: exact from few samples, noisy ones, and what fails without."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spectrum(n: int, sparsity: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def noise_of(n: int, sparsity: int, decibels: float) -> float:
-    """Standard deviation of noise on the samples, for coefficients of size 1: their power over that of noise."""
+    """Standard deviation of noise on the samples, for coefficients of size 1."""
     return math.sqrt(sparsity / (1 << n) / 10 ** (decibels / 10))
 
 
@@ -54,8 +54,8 @@ def found(got: SparseSpectrum, index: Tensor) -> bool:
 def test_exact_without_noise_from_few_samples(n):
     """Cube root of N coefficients: places right and values exact in all but rare draws, and these are told.
 
-    Controls: one group instead of three leaves collisions that nothing resolves; a dense transform that is given the
-    same samples, and zeros for the rest, has every value wrong by several percent.
+    Controls: one group instead of three leaves collisions that nothing resolves; a dense transform that is
+    given the same samples, and zeros for the rest, has every value wrong by several percent.
     """
     sparsity, draws = round(2 ** (n / 3)), 40
     right = alone = 0
@@ -121,7 +121,7 @@ def test_samples_grow_as_k_log_n():
 
 
 def test_values_of_all_sizes():
-    """Real values over three decades, in float32 and float64, with a few more coefficients than were expected."""
+    """Real values over three decades, in float32 and float64, a few more than were expected."""
     n = 13
     g = torch.Generator().manual_seed(5)
     index = torch.randperm(1 << n, generator=g)[:40].sort().values
@@ -194,18 +194,38 @@ def test_linear_algebra_over_bits():
         (lambda: sparse_fwht([1.0], 1), TypeError, "x must be a tensor or a function of positions, got list"),
         (lambda: sparse_fwht(torch.randn(2, 4), 1), ValueError, r"x must be floating \[N\]"),
         (lambda: sparse_fwht(torch.arange(4), 1), ValueError, r"x must be floating \[N\]"),
-        (lambda: sparse_fwht(torch.randn(12), 1), ValueError, "size must be a power of two, at most 2.61, got 12"),
+        (
+            lambda: sparse_fwht(torch.randn(12), 1),
+            ValueError,
+            "size must be a power of two, at most 2.61, got 12",
+        ),
         (lambda: sparse_fwht(torch.randn(8), 1, size=4), ValueError, "size must be None or 8"),
         (lambda: sparse_fwht(torch.randn, 1), ValueError, "size must be an integer >= 1, got None"),
         (lambda: sparse_fwht(torch.randn(8), 0), ValueError, "sparsity must be an integer >= 1, got 0"),
         (lambda: sparse_fwht(torch.randn(8), 9), ValueError, "must be at most the size 8, got 9 and None"),
         (lambda: sparse_fwht(torch.randn(8), 1, bins=3), ValueError, "bins must be a power of two, got 3"),
-        (lambda: sparse_fwht(torch.randn(8), 1, rounds=101), ValueError, "rounds must be at most 100, got 101"),
-        (lambda: sparse_fwht(torch.randn(8), 1, groups=0), ValueError, "groups must be an integer >= 1, got 0"),
-        (lambda: sparse_fwht(torch.randn(8), 1, noise=-1.0), ValueError, "noise must be >= 0 and finite, got -1.0"),
-        (lambda: sparse_fwht(torch.randn(8), 1, offsets=9), ValueError, r"offsets are for noisy samples \(noise > 0\)"),
+        (
+            lambda: sparse_fwht(torch.randn(8), 1, rounds=101),
+            ValueError,
+            "rounds must be at most 100, got 101",
+        ),
+        (
+            lambda: sparse_fwht(torch.randn(8), 1, groups=0),
+            ValueError,
+            "groups must be an integer >= 1, got 0",
+        ),
+        (
+            lambda: sparse_fwht(torch.randn(8), 1, noise=-1.0),
+            ValueError,
+            "noise must be >= 0 and finite, got -1.0",
+        ),
+        (
+            lambda: sparse_fwht(torch.randn(8), 1, offsets=9),
+            ValueError,
+            r"offsets are for noisy samples \(noise > 0\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call()

@@ -1,7 +1,7 @@
 """The torch engine: Kronecker factors of at most 16 as matrix products, on any device and dtype.
 
-Larger factors would be fewer passes, but a product of 64 terms, added up one after the other, errs more than twice as
-much as sums and differences do.
+Larger factors would be fewer passes, but a product of 64 terms, added up one after the other, errs more than
+twice as much as sums and differences do.
 """
 
 from __future__ import annotations

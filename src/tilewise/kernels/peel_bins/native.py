@@ -1,7 +1,7 @@
 """The native engine: C++ for CPUs, compiled on first use (see `tilewise.kernels.building`).
 
-Parities are counts of bits. Only bins that the round before has changed are decoded again. One thread: a spectrum of
-a hundred coefficients takes less than starting another.
+Parities are counts of bits. Only bins that the round before has changed are decoded again. One thread: a
+spectrum of a hundred coefficients takes less than starting another.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products of butterfly factors: block matrices whose blocks are two by two diagonals, one factor for each level."""
+"""Products of butterfly factors, one for each level: blocks of two by two diagonal matrices."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def levels_of(n: int) -> int:
 
 
 def twiddle_shape(n: int, tied: bool) -> tuple[int, ...]:
-    """Shape of the numbers of a product of factors for n: `[2, 2, n - 1]` tied, `[log2(n), 2, 2, n / 2]` untied.
+    """Shape of a product's numbers: `[2, 2, n - 1]` tied, `[log2(n), 2, 2, n / 2]` untied.
 
-    The factor of level l mixes numbers h = 2^l apart, in blocks of 2h. Tied, all blocks of a level share their 2 x 2
-    x h numbers, which stand at h - 1 .. 2h - 2: 4(n - 1) in all. Untied, each has its own: 2 n log2(n) in all.
+    The factor of level l mixes numbers h = 2^l apart, in blocks of 2h. Tied, all blocks of a level share
+    their 2 x 2 x h numbers, which stand at h - 1 .. 2h - 2: 4(n - 1) in all. Untied, each has its own: 2 n
+    log2(n) in all.
     """
     return (2, 2, n - 1) if tied else (levels_of(n), 2, 2, n // 2)
 
@@ -27,8 +28,8 @@ def twiddle_shape(n: int, tied: bool) -> tuple[int, ...]:
 def multiply(twiddle: Tensor, x: Tensor, *, tied: bool) -> Tensor:
     """`x [..., n]` through all factors, from neighbours (level 0) up to halves, as an FFT goes.
 
-    Leading axes of `twiddle` broadcast with those of x, so `[stacks, *twiddle_shape]` gives one product to each of
-    `[..., stacks, n]`.
+    Leading axes of `twiddle` broadcast with those of x, so `[stacks, *twiddle_shape]` gives one product to
+    each of `[..., stacks, n]`.
     """
     n = x.shape[-1]
     for level in range(levels_of(n)):
@@ -44,13 +45,17 @@ def multiply(twiddle: Tensor, x: Tensor, *, tied: bool) -> Tensor:
 
 
 def random_twiddle(n: int, tied: bool, dtype: torch.dtype, *stacks: int) -> Tensor:
-    """Numbers drawn so that lengths are kept on average, `[*stacks, *twiddle_shape]`: normal, of variance 1/2."""
-    return torch.randn(*stacks, *twiddle_shape(n, tied), dtype=dtype) * math.sqrt(0.5)
+    """Numbers of random rotations, unitary ones where `dtype` is complex, `[*stacks, *twiddle_shape]`.
 
-
-def rotations(n: int, *stacks: int) -> Tensor:
-    """Untied numbers of random rotations, so that the product is orthogonal, float32."""
-    levels, _, _, half = twiddle_shape(n, False)
-    angle = 2 * math.pi * torch.rand(*stacks, levels, half)
-    rows = (torch.stack((angle.cos(), -angle.sin()), -2), torch.stack((angle.sin(), angle.cos()), -2))
-    return torch.stack(rows, -3)
+    So the product keeps every length.
+    """
+    shape = [*stacks, *twiddle_shape(n, tied)]
+    places = [*shape[: len(shape) - 3], shape[-1]]
+    turn, first, second = 2 * math.pi * torch.rand(3, *places)
+    cos, sin = turn.cos(), turn.sin()
+    if dtype.is_complex:
+        entries = [torch.polar(cos.abs(), first), torch.polar(sin.abs(), second)]
+        rows = [[entries[0], -entries[1].conj()], [entries[1], entries[0].conj()]]
+    else:
+        rows = [[cos, -sin], [sin, cos]]
+    return torch.stack([torch.stack(row, -2) for row in rows], -3).to(dtype)

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.transforms.butterfly.factors import multiply, rotations
+from tilewise.transforms.butterfly.factors import multiply, random_twiddle
 from tilewise.transforms.butterfly.permutation import Permutation
 
 
 class ButterflyLinear(nn.Module):
-    """A drop-in for `nn.Linear` whose matrix is a stack of butterfly products (Dao et al., 2019, arXiv 1903.05895).
+    """A drop-in for `nn.Linear` whose matrix is butterfly products (Dao et al., 2019, arXiv 1903.05895).
 
     With n the power of two at or above `in_features`, the input is extended by zeros to n, goes through
-    `ceil(out_features / n)` products side by side and is cut to `out_features`. Each product is `depth` times a fixed
-    permutation and log2(n) untied real factors of 2n numbers. At depth 2 with bit reversal this is what the paper
-    compresses hidden layers with; there the factors of a level are tied, and complex or real. We start from random
-    rotations, which keep the length of every input, where the paper draws normal numbers.
+    `ceil(out_features / n)` products side by side and is cut to `out_features`. Each product is `depth` times
+    a fixed permutation and log2(n) untied real factors of 2n numbers. At depth 2 with bit reversal this is
+    what the paper compresses hidden layers with; there the factors of a level are tied, and complex or real.
+    We start from random rotations, which keep the length of every input, where the paper draws normal
+    numbers.
 
     Args:
         in_features, out_features: any integers >= 1.
@@ -25,8 +26,8 @@ class ButterflyLinear(nn.Module):
         depth: how many products, one after the other.
         permutation: "bit-reversed" or "identity", before each of them.
 
-    `forward`: `[..., in_features]` to `[..., out_features]`, in the parameters' dtype. Raises ValueError for settings
-    or shapes that do not fit.
+    `forward`: `[..., in_features]` to `[..., out_features]`, in the parameters' dtype. Raises ValueError for
+    settings or shapes that do not fit.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ButterflyLinear(nn.Module):
         self.in_features, self.out_features, self.depth = in_features, out_features, depth
         self.n = max(2, 1 << (in_features - 1).bit_length())
         self.stacks = -(-out_features // self.n)
-        self.twiddle = nn.Parameter(rotations(self.n, depth, self.stacks))
+        self.twiddle = nn.Parameter(random_twiddle(self.n, False, torch.float32, depth, self.stacks))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.order: Tensor | None = None
         if permutation == "bit-reversed":

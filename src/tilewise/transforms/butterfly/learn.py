@@ -1,4 +1,4 @@
-"""Learning a fast algorithm for a matrix: gradient descent on relaxed factors, then a polish of what it found."""
+"""Learning a fast algorithm for a matrix: gradient descent on relaxed factors, then a polish."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ POLISHED = 4  # of the best starts, at most
 class Learned:
     """A Butterfly with fixed permutations in float64, and how far its matrix is from the target.
 
-    `error` is the root mean square over all entries, `descended` what gradient descent alone had reached from the same
-    start, with its mixture of permutations.
+    `error` is the root mean square over all entries, `descended` what gradient descent alone had reached from
+    the same start, with its mixture of permutations.
     """
 
     transform: Butterfly
@@ -42,12 +42,14 @@ def learn_butterfly(
 ) -> Learned:
     """The Butterfly nearest to a matrix that gradient descent finds (Dao et al., 2019, section 4.1).
 
-    Many starts from random factors and logits descend side by side, by Adam on the mean square of `matrix - target`.
-    The better quarter goes on after a quarter of the steps, and a quarter of those after half of them: most starts
-    meet a wrong permutation, which shows early. Of those left the best are polished: the likelier permutations are
-    taken, and the factors go on in float64 with L-BFGS and, up to n = 128, damped Gauss-Newton steps, until one errs by
-    at most `enough`. The paper searches rates and starts with Hyperband; here the rate falls from `rate` to nothing
-    along a cosine, and logits learn five times as fast.
+    Many starts from random factors and logits descend side by side, by Adam on the mean square of `matrix -
+    target`. The better quarter goes on after a quarter of the steps, and a quarter of those after half of
+    them: most starts meet a wrong permutation, which shows early. Of those left the best are polished: the
+    likelier permutations are taken, and the factors go on in float64 with L-BFGS and, up to n = 128, damped
+    Gauss-Newton steps, until one errs by at most `enough`. The paper searches rates and starts with
+    Hyperband; here the rate falls from `rate` to nothing along a cosine, and logits learn five times as fast.
+    Its code shares the logits of a permutation over all levels and gives the cosine transform one more
+    factor; ours has two rows of them (`RelaxedPermutation`).
 
     Args:
         target: `[n, n]`, n a power of two, complex where `numbers` is "complex" and for nothing else.
@@ -90,7 +92,7 @@ def distance(made: Butterfly, target: Tensor) -> Tensor:
 
 
 def _descend(made: list[Butterfly], target: Tensor, steps: int, rate: float) -> list[tuple[Butterfly, float]]:
-    """Adam in float32 on all starts together; those that are left with their root mean square errors, best first.
+    """Adam in float32 on all starts together; those left with their root mean square errors, best first.
 
     What they have learned is written back to them.
     """
@@ -120,9 +122,11 @@ def _descend(made: list[Butterfly], target: Tensor, steps: int, rate: float) -> 
 
 
 def _logits(made: list[Butterfly]) -> Tensor:
-    """`[depth, starts, levels, 3]`; no levels where permutations are fixed."""
+    """`[depth, starts, rows, 3]`; no rows where permutations are fixed."""
     rows = [
-        torch.stack([p.logits.detach() if isinstance(p, RelaxedPermutation) else torch.zeros(0, 3) for p in each])
+        torch.stack(
+            [p.logits.detach() if isinstance(p, RelaxedPermutation) else torch.zeros(0, 3) for p in each]
+        )
         for each in zip(*(one.permutations for one in made))
     ]
     return torch.stack(rows)
@@ -148,7 +152,7 @@ def _write_back(made: list[Butterfly], factors: Tensor, logits: Tensor) -> None:
 
 
 def _polish(made: Butterfly, target: Tensor) -> float:
-    """L-BFGS and then Gauss-Newton steps on the factors in float64, in place; the root mean square error at the end."""
+    """L-BFGS and Gauss-Newton steps on the factors in float64, in place; the root mean square error then."""
     wide = torch.complex128 if made.twiddle.is_complex() else torch.float64
     made.twiddle = nn.Parameter(made.twiddle.detach().to(wide))
     target = target.to(torch.complex128 if target.is_complex() else torch.float64)
@@ -171,8 +175,8 @@ def _polish(made: Butterfly, target: Tensor) -> float:
 def _solve(made: Butterfly, target: Tensor, most: int = 128, rounds: int = 10) -> None:
     """Damped Gauss-Newton steps while they help, in place: L-BFGS alone stalls at half of the digits.
 
-    The damping leaves alone what factors can pass on to one another without changing the product. Its normal equations
-    are 8n wide, so matrices larger than `most` are left as they are.
+    The damping leaves alone what factors can pass on to one another without changing the product. Its normal
+    equations are 8n wide, so matrices larger than `most` are left as they are.
     """
     if made.n > most:
         return

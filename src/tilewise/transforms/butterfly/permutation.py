@@ -9,11 +9,12 @@ from tilewise.transforms.butterfly.factors import levels_of
 
 
 class Permutation(nn.Module):
-    """A permutation of n numbers by `choices`, bool `[log2(n) - 1, 3]`, from the whole down to blocks of four.
+    """A permutation of n numbers by `choices`, bool `[log2(n) - 1, 3]`, from the whole to blocks of four.
 
-    In every block of its size a level does up to three things: it sorts even places before odd ones, it turns the
-    first half around, and it turns the second half around. All even-odd sorts are the bit reversal of the FFT; with
-    the second half turned around at the top they are the order of the DCT (Makhoul, 1980); none is the identity.
+    In every block of its size a level does up to three things: it sorts even places before odd ones, it turns
+    the first half around, and it turns the second half around. All even-odd sorts are the bit reversal of the
+    FFT; with the second half turned around at the top they are the order of the DCT (Makhoul, 1980); none is
+    the identity.
 
     `forward`: `[..., n]` to the same. Raises ValueError for choices of another shape.
     """
@@ -57,21 +58,24 @@ class Permutation(nn.Module):
 class RelaxedPermutation(nn.Module):
     """A mixture of these permutations that gradients flow through (Dao et al., 2019, section 3.2).
 
-    Each choice has a logit; with p its sigmoid, a step gives `p S x + (1 - p) x` for what the step would do, S.
-    `hard()` gives the permutation of the likelier choices. `sharpness` in [0, 1] says how far they are from one half,
-    on average.
+    Each choice has a logit; with p its sigmoid, a step gives `p S x + (1 - p) x` for what the step would do,
+    S. The whole has three logits of its own, all smaller blocks share three: `[2, 3]`, less for n below 8.
+    `hard()` gives the permutation of the likelier choices. `sharpness` in [0, 1] says how far they are from
+    one half, on average.
     """
 
     def __init__(self, n: int) -> None:
         super().__init__()
         self.n = n
-        self.logits = nn.Parameter(0.5 * torch.randn(levels_of(n) - 1, 3))
+        self.logits = nn.Parameter(0.5 * torch.randn(min(2, levels_of(n) - 1), 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return relaxed(x, self.logits)
 
     def hard(self) -> Permutation:
-        return Permutation(self.n, (self.logits > 0).detach())
+        levels = levels_of(self.n) - 1
+        own = (self.logits > 0).detach()
+        return Permutation(self.n, torch.cat((own, own[-1:].expand(levels - len(own), -1))))
 
     @property
     def sharpness(self) -> float:
@@ -81,11 +85,12 @@ class RelaxedPermutation(nn.Module):
 
 
 def relaxed(x: Tensor, logits: Tensor) -> Tensor:
-    """The mixture of permutations of `x [..., n]`; leading axes of `logits [..., levels, 3]` broadcast with those of x."""
+    """The mixture of permutations of `x [..., n]`; leading axes of `logits [..., rows, 3]` broadcast."""
     chances, n = logits.sigmoid(), x.shape[-1]
-    for level in range(logits.shape[-2]):
+    for level in range(levels_of(n) - 1):
+        row = min(level, logits.shape[-2] - 1)
         for which in range(3):
-            x = x + chances[..., level, which, None] * (_apply(x, n >> level, which) - x)
+            x = x + chances[..., row, which, None] * (_apply(x, n >> level, which) - x)
     return x
 
 

@@ -14,12 +14,13 @@ NUMBERS = ("real", "complex", "real part")
 
 
 class Butterfly(nn.Module):
-    """A fast linear map `(B P)^depth` of n numbers: butterfly factors after permutations, 4(n - 1) numbers each.
+    """A fast linear map `(B P)^depth` of n numbers: butterfly factors after permutations.
 
-    The parameterisation of divide and conquer of Dao, Gu, Eichhorn, Rudra, Ré (2019, arXiv 1903.05895). `B` is a
-    product of log2(n) block factors (`factors.multiply`) that are shared by the blocks of a level where `tied`; `P` is
-    a permutation of three choices a level, relaxed while it is learned. It applies in O(n log n), and is wide enough
-    for the discrete Fourier, cosine and Hadamard transforms at depth 1 and for convolutions at depth 2 (`exact`).
+    The parameterisation of divide and conquer of Dao, Gu, Eichhorn, Rudra, Ré (2019, arXiv 1903.05895). `B`
+    is a product of log2(n) block factors (`factors.multiply`) that are shared by the blocks of a level where
+    `tied`; `P` is a permutation of three choices a level, relaxed while it is learned. It applies in O(n log
+    n), and is wide enough for the discrete Fourier, cosine and Hadamard transforms at depth 1 and for
+    convolutions at depth 2 (`exact`).
 
     Args:
         n: a power of two, at least 2.
@@ -28,8 +29,8 @@ class Butterfly(nn.Module):
         tied: whether the blocks of a level share their numbers.
         permutation: "learned", or a fixed "identity", "bit-reversed" or "cosine" (see `Permutation`).
 
-    `forward`: `[..., n]`, floating or complex (complex only where numbers are complex), to the same shape; complex
-    where `numbers` is "complex". Raises ValueError for settings or shapes that do not fit.
+    `forward`: `[..., n]`, floating or complex (complex only where numbers are complex), to the same shape;
+    complex where `numbers` is "complex". Raises ValueError for settings or shapes that do not fit.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ def exact(name: str, n: int, kernel: Tensor | None = None) -> Butterfly:
     """A Butterfly whose float64 factors are a known transform, all of them orthonormal but "circulant".
 
     "dft" is `torch.fft.fft(x, norm="ortho")`, "idft" its inverse, "dct" `transforms.dct`, "hadamard"
-    `transforms.fwht`; "circulant" is the circular convolution with `kernel [n]`, of depth 2 as Proposition 1 of the
-    paper has it: the inverse transform after the transform with its last factor scaled.
+    `transforms.fwht`; "circulant" is the circular convolution with `kernel [n]`, of depth 2 as Proposition 1
+    of the paper has it: the inverse transform after the transform with its last factor scaled.
 
     Raises ValueError for another name, or a kernel that is missing, of another shape or not asked for.
     """

@@ -16,10 +16,10 @@ from tilewise.transforms.sparse.binary import independent, inverse, random_rows,
 class Plan:
     """Samples and decoders for transforms of 2^n numbers, C groups of 2^b bins seen at P offsets.
 
-    Group c reads the samples `M_c l + d` for all l of b bits and its offsets d; the transform over l of those at one
-    offset puts coefficient k into bin `M_c^T k`, with sign (-1)^<d, k>. Signs at n - b offsets more and the bin are
-    n equations for k. A decoder is such a set of offsets and the inverse of its equations; with noise every bin is
-    read by several.
+    Group c reads the samples `M_c l + d` for all l of b bits and its offsets d; the transform over l of those
+    at one offset puts coefficient k into bin `M_c^T k`, with sign (-1)^<d, k>. Signs at n - b offsets more
+    and the bin are n equations for k. A decoder is such a set of offsets and the inverse of its equations;
+    with noise every bin is read by several.
 
     Args:
         n, b: as above.
@@ -43,7 +43,7 @@ class Plan:
 
 @lru_cache(maxsize=16)
 def make_plan(n: int, b: int, groups: int, offsets: int | None, decoders: int, seed: int) -> Plan:
-    """A plan with random hashes. `offsets` random ones a group, or None for the n - b + 1 that suffice without noise."""
+    """A plan with random hashes and offsets; None is for the n - b + 1 offsets that suffice without noise."""
     source = random.Random(seed)
     made = [_group(n, b, offsets, decoders if offsets else 1, source) for _ in range(groups)]
     return Plan(n, b, *(torch.stack(parts) for parts in zip(*made)))

@@ -25,7 +25,8 @@ class SparseSpectrum:
     """A spectrum of few coefficients, and what it took.
 
     Args:
-        index: int64 `[found]`, ascending. value: `[found]` in the samples' dtype; `fwht(x)[index]` without noise.
+        index: int64 `[found]`, ascending. value: `[found]` in the samples' dtype; `fwht(x)[index]` without
+            noise.
         size: of the whole spectrum. samples: different samples that were read.
         complete: whether nothing but noise was left in any bin; False means that coefficients are missing.
         rounds: of peeling.
@@ -57,24 +58,27 @@ def sparse_fwht(
     seed: int = 0,
     engine: str = "auto",
 ) -> SparseSpectrum:
-    """The orthonormal Walsh-Hadamard transform of N numbers of which about K are not zero, from O(K log N) samples.
+    """The orthonormal Walsh-Hadamard spectrum of N numbers, if it has about K, from O(K log N) samples.
 
-    SPRIGHT (Li, Bradley, Pawar, Ramchandran, 2015, arXiv 1508.06336). Each of C `groups` hashes the spectrum into B
-    >= K bins by a transform of B samples, at P offsets. A bin with nothing in it is known by its energy; from one
-    with a single coefficient its place follows by linear equations over two elements, whose right sides are the
-    bin's number and the signs at the offsets; what the coefficient accounts for is then taken out of its bins in all
-    groups, which leaves others single. Without `noise` this is SparseFHT (Scheibler, Haghighatshoar, Vetterli, 2015)
-    with P = log2(N / B) + 1; with it offsets are random, P = 3 log2 N by default, and errors of signs are corrected.
+    SPRIGHT (Li, Bradley, Pawar, Ramchandran, 2015, arXiv 1508.06336). Each of C `groups` hashes the spectrum
+    into B >= K bins by a transform of B samples, at P offsets. A bin with nothing in it is known by its
+    energy; from one with a single coefficient its place follows by linear equations over two elements, whose
+    right sides are the bin's number and the signs at the offsets; what the coefficient accounts for is then
+    taken out of its bins in all groups, which leaves others single. Without `noise` this is SparseFHT
+    (Scheibler, Haghighatshoar, Vetterli, 2015) with P = log2(N / B) + 1; with it offsets are random, P = 3
+    log2 N by default, and errors of signs are corrected.
 
-    Where we differ: the paper reads places off a code with a decoder of its own (its sample-optimal form); our offsets
-    are a random linear code, and `decoders` sets of equations are solved for each bin, of which the answer that
-    explains the bin best is taken. Hashes are random matrices, so that no spectrum is bad for all seeds. Values may be
-    any real numbers.
+    Where we differ: the paper reads places off a code with a decoder of its own (its sample-optimal form);
+    our offsets are a random linear code, and `decoders` sets of equations are solved for each bin, of which
+    the answer that explains the bin best is taken. Hashes are random matrices, so that no spectrum is bad for
+    all seeds. Values may be any real numbers.
 
     Args:
         x: `[N]` floating, or a function from int64 positions of any shape to samples there; then `size` is N.
-        sparsity: K, the coefficients to expect. More or larger bins find more: about 2 C B / 3 at three groups.
-        size: N, a power of two up to 2^61, for a function. noise: standard deviation of white noise on the samples.
+        sparsity: K, the coefficients to expect. More or larger bins find more: about 2 C B / 3 at three
+            groups.
+        size: N, a power of two up to 2^61, for a function. noise: standard deviation of white noise on the
+            samples.
         groups: C. bins: B, a power of two; None is the one at or above K. offsets: P for noisy samples.
         decoders: sets of equations tried. rounds: of peeling, at most 100. seed: of hashes and offsets.
         engine: of the peeling: "auto", or "native", "torch" or "definition", which then runs or raises.
