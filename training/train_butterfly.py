@@ -1,4 +1,4 @@
-"""Learns butterfly factors of Fourier, cosine and Hadamard transforms, for tests/transforms/test_butterfly.py.
+"""Learns butterfly factors of known transforms, for tests/transforms/test_butterfly.py.
 
     python training/train_butterfly.py                # all of them, some minutes of one core
     python training/train_butterfly.py dft-32 dct-8   # these

@@ -42,7 +42,7 @@ class Call:
 
 
 class Peeled(NamedTuple):
-    """Places int64 `[found]` in rising order, values float64; whether all bins are allowed; rounds it took."""
+    """Places int64 `[found]`, rising, and values float64; whether all bins are allowed; rounds it took."""
 
     index: Tensor
     value: Tensor
