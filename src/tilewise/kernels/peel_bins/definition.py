@@ -31,8 +31,9 @@ def run(call: Call) -> Peeled:
             totals[place] = totals.get(place, 0.0) + value
             _take_out(call, left, place, value)
     explained = all(_power(seen) <= call.allowed for bins in left for seen in bins)
-    index = torch.tensor(sorted(totals), dtype=torch.int64)
-    value = torch.tensor([totals[place] for place in sorted(totals)], dtype=torch.float64)
+    places = [place for place in sorted(totals) if totals[place] ** 2 > call.allowed]
+    index = torch.tensor(places, dtype=torch.int64)
+    value = torch.tensor([totals[place] for place in places], dtype=torch.float64)
     return Peeled(index, value, explained, taken)
 
 

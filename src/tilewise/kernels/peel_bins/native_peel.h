@@ -52,13 +52,15 @@ class Peel {
       all.insert(all.end(), found.begin(), found.end());
     }
     merge(all, false);
-    for (size_t i = 0; i < all.size(); ++i) {
-      c_.index[i] = all[i].place;
-      c_.value[i] = all[i].value;
+    int64_t kept = 0;
+    for (const Single& one : all) {
+      if (!(one.value * one.value > allowed_)) continue;
+      c_.index[kept] = one.place;
+      c_.value[kept++] = one.value;
     }
     bool explained = true;
     for (int64_t at = 0; at < c_.groups * c_.bins; ++at) explained = explained && power(at) <= allowed_;
-    c_.told[0] = all.size();
+    c_.told[0] = kept;
     c_.told[1] = explained;
     c_.told[2] = rounds;
   }

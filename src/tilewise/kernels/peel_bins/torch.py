@@ -30,7 +30,9 @@ def run(call: Call) -> Peeled:
         indices.append(index)
         values.append(value)
     explained = not any(bool(group.active().any()) for group in groups)
-    return Peeled(*_by_place(indices, values, mean=False), explained, taken)
+    index, value = _by_place(indices, values, mean=False)
+    kept = value.square() > call.allowed
+    return Peeled(index[kept], value[kept], explained, taken)
 
 
 class _Group:

@@ -50,9 +50,9 @@ class ButterflyLinear(nn.Module):
         self.stacks = -(-out_features // self.n)
         self.twiddle = nn.Parameter(random_twiddle(self.n, False, torch.float32, depth, self.stacks))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.order: Tensor | None = None
-        if permutation == "bit-reversed":
-            self.register_buffer("order", Permutation.named(permutation, self.n).index, persistent=False)
+        order = Permutation.named(permutation, self.n).index if permutation != "identity" else None
+        self.order: Tensor | None
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):

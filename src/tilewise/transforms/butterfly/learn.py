@@ -48,8 +48,6 @@ def learn_butterfly(
     likelier permutations are taken, and the factors go on in float64 with L-BFGS and, up to n = 128, damped
     Gauss-Newton steps, until one errs by at most `enough`. The paper searches rates and starts with
     Hyperband; here the rate falls from `rate` to nothing along a cosine, and logits learn five times as fast.
-    Its code shares the logits of a permutation over all levels and gives the cosine transform one more
-    factor; ours has two rows of them (`RelaxedPermutation`).
 
     Args:
         target: `[n, n]`, n a power of two, complex where `numbers` is "complex" and for nothing else.
@@ -122,7 +120,7 @@ def _descend(made: list[Butterfly], target: Tensor, steps: int, rate: float) -> 
 
 
 def _logits(made: list[Butterfly]) -> Tensor:
-    """`[depth, starts, rows, 3]`; no rows where permutations are fixed."""
+    """`[depth, starts, 2, 3]`; no rows where permutations are fixed."""
     rows = [
         torch.stack(
             [p.logits.detach() if isinstance(p, RelaxedPermutation) else torch.zeros(0, 3) for p in each]
