@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent.parent / "tests/transforms/weights/butterfly.saf
 NUMBERS = {"dft": "complex", "dct": "real part", "hadamard": "real"}
 SIZES = (8, 16, 32, 64)
 STEPS = {8: 800, 16: 1000, 32: 1500, 64: 2000}
-STARTS = {8: 64, 16: 128, 32: 128, 64: 64}
+STARTS = {8: 64, 16: 64, 32: 64, 64: 32}
 
 
 def target(name: str, n: int) -> Tensor:
@@ -44,12 +44,13 @@ def main() -> None:
     parser.add_argument("which", nargs="*", choices=[*every, []], help="default: all")
     chosen = parser.parse_args().which or every
     torch.set_num_threads(1)
-    kept = load_file(WEIGHTS) if WEIGHTS.exists() else {}
+    WEIGHTS.parent.mkdir(exist_ok=True)
     for one in chosen:
         name, _, size = one.partition("-")
         n, start = int(size), time.perf_counter()
         found = learn_butterfly(target(name, n), numbers=NUMBERS[name], steps=STEPS[n], starts=STARTS[n])
         twiddle = found.transform.twiddle.detach()
+        kept = load_file(WEIGHTS) if WEIGHTS.exists() else {}
         kept[f"{one}.twiddle"] = torch.view_as_real(twiddle).contiguous() if twiddle.is_complex() else twiddle
         kept[f"{one}.choices"] = found.transform.permutations[0].choices
         print(
@@ -57,8 +58,7 @@ def main() -> None:
             f" {time.perf_counter() - start:.0f} s; {4 * (n - 1)} numbers for {math.prod((n, n))} entries",
             flush=True,
         )
-    WEIGHTS.parent.mkdir(exist_ok=True)
-    save_file(kept, WEIGHTS)
+        save_file(kept, WEIGHTS)
 
 
 if __name__ == "__main__":
