@@ -31,7 +31,7 @@ def run(call: Call) -> Peeled:
             totals[place] = totals.get(place, 0.0) + value
             _take_out(call, left, place, value)
     explained = all(_power(seen) <= call.allowed for bins in left for seen in bins)
-    places = [place for place in sorted(totals) if totals[place] ** 2 > call.allowed]
+    places = [place for place in sorted(totals) if _counts(call, totals[place])]
     index = torch.tensor(places, dtype=torch.int64)
     value = torch.tensor([totals[place] for place in places], dtype=torch.float64)
     return Peeled(index, value, explained, taken)
@@ -39,6 +39,10 @@ def run(call: Call) -> Peeled:
 
 def _power(seen: list[float]) -> float:
     return sum(x * x for x in seen) / len(seen)
+
+
+def _counts(call: Call, value: float) -> bool:
+    return call.left.shape[1] * value * value > 12 * call.allowed
 
 
 def _odd(bits: int) -> int:
@@ -58,7 +62,7 @@ def _single(call: Call, group: int, number: int, seen: list[float]) -> tuple[int
         place = solved & (1 << call.n) - 1
         value = sum(x * (1 - 2 * _odd(d & place)) for x, d in zip(seen, offsets)) / len(seen)
         rest = _power([x - value * (1 - 2 * _odd(d & place)) for x, d in zip(seen, offsets)])
-        if rest <= call.allowed < value * value:
+        if rest <= call.allowed and _counts(call, value):
             return place, value
     return None
 

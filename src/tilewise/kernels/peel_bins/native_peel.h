@@ -54,7 +54,7 @@ class Peel {
     merge(all, false);
     int64_t kept = 0;
     for (const Single& one : all) {
-      if (!(one.value * one.value > allowed_)) continue;
+      if (!counts(one.value)) continue;
       c_.index[kept] = one.place;
       c_.value[kept++] = one.value;
     }
@@ -98,6 +98,8 @@ class Peel {
     return x;
   }
 
+  bool counts(double value) const { return c_.offsets * value * value > 12 * allowed_; }
+
   double power(int64_t at) {
     return sum_over(bin(at), [](double x) { return x * x; }) / c_.offsets;
   }
@@ -129,7 +131,7 @@ class Peel {
       last = place;
       find_signs(group, place);
       const double value = sum_over(seen, [](double x) { return x; }) / c_.offsets;
-      if (!(value * value > allowed_)) continue;
+      if (!counts(value)) continue;
       const double rest = sum_over(seen, [&](double x) { return (x - value) * (x - value); });
       if (rest / c_.offsets <= allowed_) return found.push_back({place, value});
     }

@@ -56,9 +56,9 @@ def _group(n: int, b: int, offsets: int | None, decoders: int, source: random.Ra
         units = [1 << i for i in range(n)]
         own = [0, *(units[i] for i in independent(columns, units, n))]
     else:
-        own = [0]
-        while len(own) < offsets or len(independent(columns, own, n)) < n - b:
-            own.append(source.getrandbits(n))
+        own = []
+        while len(independent(columns, own, n)) < n - b or not own:  # hardly ever twice, unless there are few
+            own = [0, *(source.getrandbits(n) if n else 0 for _ in range(offsets - 1))]
     # An equation at an offset has the coefficient's own sign as one more unknown, bit n.
     equations, chosen, inverses = [sign | d for d in own], [], []
     for _ in range(decoders):

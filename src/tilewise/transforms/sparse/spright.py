@@ -50,7 +50,7 @@ def sparse_fwht(
     *,
     size: int | None = None,
     noise: float = 0.0,
-    groups: int = 3,
+    groups: int = 4,
     bins: int | None = None,
     offsets: int | None = None,
     decoders: int = 24,
@@ -70,13 +70,12 @@ def sparse_fwht(
 
     Where we differ: the paper reads places off a code with a decoder of its own (its sample-optimal form);
     our offsets are a random linear code, and `decoders` sets of equations are solved for each bin, of which
-    the answer that explains the bin best is taken. Hashes are random matrices, so that no spectrum is bad for
+    the first answer that explains the bin is taken. Hashes are random matrices, so that no spectrum is bad for
     all seeds. Values may be any real numbers.
 
     Args:
         x: `[N]` floating, or a function from int64 positions of any shape to samples there; then `size` is N.
-        sparsity: K, the coefficients to expect. More or larger bins find more: about 2 C B / 3 at three
-            groups.
+        sparsity: K, the coefficients to expect. Larger `bins` and more groups find more.
         size: N, a power of two up to 2^61, for a function. noise: standard deviation of white noise on the
             samples.
         groups: C. bins: B, a power of two; None is the one at or above K. offsets: P for noisy samples.
@@ -93,7 +92,9 @@ def sparse_fwht(
     _check_numbers(1 << n, sparsity, noise, groups, bins, offsets, decoders, rounds)
     b = min(n, (sparsity - 1).bit_length() if bins is None else bins.bit_length() - 1)
     if noise and offsets is None:
-        offsets = max(2, 3 * n)
+        offsets = max(3 * n, n - b + 1)
+    if offsets is not None and offsets < n - b + 1:
+        raise ValueError(f"offsets must be at least log2(N / B) + 1 = {n - b + 1}, got {offsets}")
     plan = make_plan(n, b, groups, offsets if noise else None, decoders, seed)
     with torch.no_grad():
         seen = read(plan.positions)
@@ -132,7 +133,7 @@ def _check(
 def _check_numbers(size, sparsity, noise, groups, bins, offsets, decoders, rounds) -> None:
     for name, value, least in (
         ("sparsity", sparsity, 1), ("groups", groups, 1), ("bins", bins, 1),
-        ("offsets", offsets, 2), ("decoders", decoders, 1), ("rounds", rounds, 1),
+        ("offsets", offsets, 1), ("decoders", decoders, 1), ("rounds", rounds, 1),
     ):  # fmt: skip
         missing = value is None and name in ("bins", "offsets")
         if not missing and (isinstance(value, bool) or not isinstance(value, int) or value < least):
