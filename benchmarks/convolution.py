@@ -176,8 +176,16 @@ def memory(lengths: list[int]) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for n in lengths:
         for name, run in CONTENDERS.items():
-            given = tensors(n)
-            peak = allocations(partial(trained, run, **given))[1]
+            given, d_out = tensors(n), torch.randn(B, C, n)
+            leaves = {key: x.requires_grad_() for key, x in given.items()}
+            made: list[object] = []
+
+            def step(
+                run=run, leaves=leaves, d_out=d_out, made=made
+            ) -> None:
+                made.extend(torch.autograd.grad(run(**leaves), list(leaves.values()), d_out))
+
+            peak = allocations(step)[1]
             gradients = sum(x.nbytes for x in given.values())
             found.append({"n": n, "provider": name, "bytes": peak, "gradients": gradients})
             print(f"memory, N={n:<8}{name:<12}{peak / 1e6:>9.1f} MB, of which gradients {gradients / 1e6:.1f}", flush=True)

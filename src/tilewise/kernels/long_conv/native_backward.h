@@ -10,11 +10,14 @@
 
 namespace tilewise {
 
+typedef double Doubles __attribute__((vector_size(LANES * 8)));
+
 // What the gradients of a channel's rows are made in.
 struct Gradients {
   const Conv& c;
   int64_t channel;
-  float skip, d_skip = 0;
+  float skip;
+  double d_skip = 0;
 
   Gradients(const Conv& call, int64_t of) : c(call), channel(of), skip(at(call.skip, of)) {}
 
@@ -37,8 +40,11 @@ struct Gradients {
       float* u = rooms.room[4];
       const float* x = row(c.x, b, channel, t, n, rooms.room[1]);
       const float* g = c.gate_in ? row(c.gate_in, b, channel, t, n, rooms.room[2]) : nullptr;
-      for (int64_t i = 0; i < n && g; ++i) u[i] = x[i] * g[i];
-      for (int64_t i = 0; i < n; ++i) to[i] = d[i] * (z[i] + skip * (g ? u[i] : x[i]));
+      if (g) {
+        for (int64_t i = 0; i < n; ++i) u[i] = x[i] * g[i];
+        x = u;
+      }
+      for (int64_t i = 0; i < n; ++i) to[i] = d[i] * (z[i] + skip * x[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) to[i] = d[i] * z[i];
     }
@@ -53,20 +59,21 @@ struct Gradients {
       copy_row(d_all, 1, lead, c.d_before.at<float>(b * c.d_before.stride[0] + channel * c.d_before.stride[1]));
     }
     float* d_u = d_all + lead;
-    for (int64_t i = 0; c.circular && i < lead; ++i) d_u[n - lead + i] += d_all[i];
+    if (c.circular)
+      for (int64_t i = 0; i < lead; ++i) d_u[n - lead + i] += d_all[i];
     const float* x = row(c.x, b, channel, 0, n, rooms.room[0]);
     if (c.skip) {
       float* d_z = rooms.room[4];
       outputs_whole(b, d_z, rooms);
       const float* g = c.gate_in ? row(c.gate_in, b, channel, 0, n, rooms.room[1]) : nullptr;
-      Floats sum{};
-      float rest = 0;
       for (int64_t i = 0; i < n; ++i) d_u[i] += skip * d_z[i];
-      if (g) for (int64_t i = 0; i < n; ++i) d_z[i] *= g[i];
+      if (g)
+        for (int64_t i = 0; i < n; ++i) d_z[i] *= g[i];
+      Doubles sums{};
       int64_t i = 0;
-      for (; i + LANES <= n; i += LANES) sum += load<Floats>(d_z + i) * load<Floats>(x + i);
-      for (; i < n; ++i) rest += d_z[i] * x[i];
-      d_skip += sum_of(sum) + rest;
+      for (; i + LANES <= n; i += LANES) sums += __builtin_convertvector(load<Floats>(d_z + i) * load<Floats>(x + i), Doubles);
+      for (; i < n; ++i) d_skip += d_z[i] * x[i];
+      for (int64_t lane = 0; lane < LANES; ++lane) d_skip += sums[lane];
     }
     float* d_x = place(c.d_x, b, channel, 0, rooms.room[3]);
     if (c.gate_in) {
@@ -90,7 +97,7 @@ struct Gradients {
   }
 
   void done() const {
-    if (c.d_skip) *c.d_skip.at<float>(channel) = d_skip;
+    if (c.d_skip) *c.d_skip.at<float>(channel) = static_cast<float>(d_skip);
   }
 
  private:
@@ -108,43 +115,52 @@ struct Gradients {
 
 // What a channel's transforms are worked on in: gradients D, inputs U, the kernel H and the sum of conj(U) D.
 struct Spectra {
-  Wave d, u, h, sum;
+  Wave d, u, sum;
+  Spectrum h;
+  float* room;
   explicit Spectra(int64_t length) {
     thread_local Buffer memory;
-    float* own = memory.take<float>(8 * length);
-    Wave* const all[4] = {&d, &u, &h, &sum};
-    for (int64_t i = 0; i < 4; ++i) *all[i] = {own + 2 * i * length, own + (2 * i + 1) * length};
+    float* own = memory.take<float>(3 * Wave::room(length) + 2 * length + GAP);
+    for (Wave* one : {&d, &u, &sum}) *one = Wave::in(own, length), own += Wave::room(length);
+    room = own;
   }
 };
 
 // The leaf: both transforms, their products, and the way up of those that are wanted.
 template <bool inputs, bool outputs>
 inline void back_leaf(const Conv& c, const Fft& fft, const Spectra& w, int64_t at) {
-  Floats dr[LANES], di[LANES];
-  leaf_down(w.d.re + at, w.d.im + at, fft.leaf, dr, di);
-  if constexpr (inputs) {
-    Floats ur[LANES], ui[LANES];
-    leaf_down(w.u.re + at, w.u.im + at, fft.leaf, ur, ui);
-    if (c.d_kernel) {
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) {
-        float *re = w.sum.re + at + i * LANES, *im = w.sum.im + at + i * LANES;
-        store(re, load<Floats>(re) + ur[i] * dr[i] + ui[i] * di[i]);
-        store(im, load<Floats>(im) + ur[i] * di[i] - ui[i] * dr[i]);
+  const int64_t own = spot(at);
+  Leaf d, u;
+  d.down(w.d.re + own, w.d.im + own, fft.leaf);
+  if constexpr (inputs) u.down(w.u.re + own, w.u.im + own, fft.leaf);
+  for (int r = 0; r < 4; ++r) {
+    const int64_t column = R * r * LANES;
+    Floats dr[R], di[R], ur[R], ui[R];
+    d.get(R * r, 1, R, dr, di);
+    inner<false>(dr, di);
+    if constexpr (inputs) {
+      u.get(R * r, 1, R, ur, ui);
+      inner<false>(ur, ui);
+      if (c.d_kernel) {
+#pragma GCC unroll 4
+        for (int k = 0; k < R; ++k) {
+          float *re = w.sum.re + own + column + k * LANES, *im = w.sum.im + own + column + k * LANES;
+          store(re, load<Floats>(re) + ur[k] * dr[k] + ui[k] * di[k]);
+          store(im, load<Floats>(im) + ur[k] * di[k] - ui[k] * dr[k]);
+        }
       }
     }
     if constexpr (outputs) {
-      multiply(ur, ui, w.h, at);
-      leaf_up(ur, ui, fft.leaf, w.u.re + at, w.u.im + at);
+      multiply<false>(ur, ui, w.h, at + column);
+      inner<true>(ur, ui);
+      u.set(R * r, 1, R, ur, ui);
     }
+    multiply<true>(dr, di, w.h, at + column);
+    inner<true>(dr, di);
+    d.set(R * r, 1, R, dr, di);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) {
-    const Floats hr = load<Floats>(w.h.re + at + i * LANES), hi = load<Floats>(w.h.im + at + i * LANES), xr = dr[i];
-    dr[i] = xr * hr + di[i] * hi;
-    di[i] = times(di[i], hr, xr, hi);
-  }
-  leaf_up(dr, di, fft.leaf, w.d.re + at, w.d.im + at);
+  if constexpr (outputs) u.up(fft.leaf, w.u.re + own, w.u.im + own);
+  d.up(fft.leaf, w.d.re + own, w.d.im + own);
 }
 
 // How unlike two rows of a transform may be, before each travels alone: they share its rounding.
@@ -153,26 +169,30 @@ constexpr float UNLIKE = 4;
 inline void back_windows(const Conv& c, const Fft& fft, const Counting& counting, int64_t channel) {
   thread_local Buffer memory;
   const int64_t n = c.n(), count = c.windows(), units = c.batch() * count, all = c.lead + count * c.step + c.length;
-  Rooms rooms(std::max(n, c.length));
+  Rooms rooms(n);
   Spectra w(c.length);
   Gradients gradients(c, channel);
-  w.h = kernel_wave(c, fft, counting, channel, w.h.re);
-  if (c.d_kernel) {
-    std::memset(w.sum.re, 0, c.length * sizeof(float));
-    std::memset(w.sum.im, 0, c.length * sizeof(float));
-  }
+  w.h = spectrum(c, fft, counting, channel, w.sum, w.room);
+  if (c.d_kernel) w.sum.clear(c.length);
   const bool half = c.alone() && 2 * n <= c.length && !fft.levels.empty();
   const bool inputs = c.d_kernel || c.d_gate_out, outputs = bool(c.d_gate_out);
   const int64_t wide = half ? c.length / 2 : c.length;
-  // Rows of several windows are added up, the two that a pair may touch.
-  float* const sums = count > 1 ? memory.take<float>(2 * all) : nullptr;
+  // Rows are added up of their windows, the two that a pair may touch.
+  float* const sums = memory.take<float>(2 * all);
 
   const auto read = [&](int64_t unit, float* d, float* u) {
     const int64_t b = unit / count, t = unit % count * c.step, real = std::min(c.step, n - t);
-    std::memset(d, 0, c.lead * sizeof(float));
-    gradients.outputs(b, t, real, d + c.lead, rooms);
-    std::memset(d + c.lead + real, 0, (wide - c.lead - real) * sizeof(float));
-    if (inputs) window(c, b, channel, t - c.lead, wide, u, rooms);
+    in_chunks(0, c.lead, [&](int64_t at, int64_t, int64_t size) { std::memset(d + at, 0, size * sizeof(float)); });
+    in_chunks(c.lead, real, [&](int64_t at, int64_t from, int64_t size) {
+      gradients.outputs(b, t + from, size, d + at, rooms);
+    });
+    in_chunks(c.lead + real, wide - c.lead - real, [&](int64_t at, int64_t, int64_t size) {
+      std::memset(d + at, 0, size * sizeof(float));
+    });
+    if (!inputs) return;
+    in_chunks(0, wide, [&](int64_t at, int64_t from, int64_t size) {
+      window(c, b, channel, t - c.lead + from, size, u + at, rooms);
+    });
   };
   const auto transform = [&] {
     const Wave waves[2] = {w.d, w.u};
@@ -186,17 +206,26 @@ inline void back_windows(const Conv& c, const Fft& fft, const Counting& counting
   };
   const auto write = [&](int64_t unit, float* d, float* z) {
     const int64_t b = unit / count, m = unit % count, t = m * c.step, real = std::min(c.step, n - t);
-    if (outputs) gradients.gate_out(b, t, real, z + c.lead, rooms);
-    if (count == 1) return gradients.inputs(b, d, rooms);
+    if (outputs) {
+      in_chunks(c.lead, real, [&](int64_t at, int64_t from, int64_t size) {
+        gradients.gate_out(b, t + from, size, z + at, rooms);
+      });
+    }
     float* sum = sums + b % 2 * all;
-    if (m == 0) std::memset(sum, 0, all * sizeof(float));
-    for (int64_t j = 0; j < c.length; ++j) sum[t + j] += d[j];
+    if (m == 0 && count > 1) std::memset(sum, 0, all * sizeof(float));
+    in_chunks(0, count > 1 ? c.length : c.lead + n, [&](int64_t at, int64_t from, int64_t size) {
+      if (count == 1) {
+        std::memcpy(sum + from, d + at, size * sizeof(float));
+      } else {
+        for (int64_t j = 0; j < size; ++j) sum[t + from + j] += d[at + j];
+      }
+    });
     if (m == count - 1) gradients.inputs(b, sum, rooms);
   };
   const auto alone = [&](int64_t unit) {
     read(unit, w.d.re, w.u.re);
-    std::memset(w.d.im, 0, wide * sizeof(float));
-    std::memset(w.u.im, 0, wide * sizeof(float));
+    std::memset(w.d.im, 0, spot(wide) * sizeof(float));
+    std::memset(w.u.im, 0, spot(wide) * sizeof(float));
     transform();
     write(unit, w.d.re, w.u.re);
   };
@@ -223,15 +252,26 @@ inline void back_windows(const Conv& c, const Fft& fft, const Counting& counting
     const bool short_kernel = 2 * c.taps <= c.length && !fft.levels.empty();
     const Wave waves[1] = {w.sum};
     walk<0, 1>(fft, waves, false, short_kernel, counting, [&](int64_t at) {
-      Floats re[LANES], im[LANES];
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) {
-        const Floats factor = counting.factors.empty() ? 1.f + Floats{} : load<Floats>(counting.factors.data() + at + i * LANES);
-        re[i] = factor * load<Floats>(w.sum.re + at + i * LANES), im[i] = factor * load<Floats>(w.sum.im + at + i * LANES);
+      const int64_t own = spot(at);
+      Leaf leaf;
+      const float* factors = counting.factors.empty() ? nullptr : counting.factors.data() + at;
+      for (int r = 0; r < 4; ++r) {
+        Floats x[R], y[R];
+#pragma GCC unroll 4
+        for (int k = 0; k < R; ++k) {
+          const int64_t in = (R * r + k) * LANES;
+          const Floats factor = factors ? load<Floats>(factors + in) : 1.f + Floats{};
+          x[k] = factor * load<Floats>(w.sum.re + own + in), y[k] = factor * load<Floats>(w.sum.im + own + in);
+        }
+        inner<true>(x, y);
+        leaf.set(R * r, 1, R, x, y);
       }
-      leaf_up(re, im, fft.leaf, w.sum.re + at, w.sum.im + at);
+      leaf.up(fft.leaf, w.sum.re + own, w.sum.im + own);
     });
-    gradients.kernel(w.sum.re, 1.f / static_cast<float>(c.length));
+    in_chunks(0, c.taps, [&](int64_t at, int64_t from, int64_t size) {
+      std::memcpy(sums + from, w.sum.re + at, size * sizeof(float));
+    });
+    gradients.kernel(sums, 1.f / static_cast<float>(c.length));
   }
   gradients.done();
 }

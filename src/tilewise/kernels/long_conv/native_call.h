@@ -92,7 +92,11 @@ inline void window(const Conv& c, int64_t b, int64_t channel, int64_t t, int64_t
 inline void load_taps(const Conv& c, int64_t channel, float* to) {
   const float* from = c.kernel.at<float>(channel * c.kernel.stride[0]);
   copy_row(from, c.kernel.stride[1], c.taps, to);
-  for (int64_t k = c.taps; c.circular && k < c.size(); ++k) to[k % c.taps] += from[k * c.kernel.stride[1]];
+  for (int64_t k = 0; c.circular && c.size() > c.taps && k < c.taps; ++k) {
+    double sum = 0;
+    for (int64_t j = k; j < c.size(); j += c.taps) sum += from[j * c.kernel.stride[1]];
+    to[k] = static_cast<float>(sum);
+  }
 }
 
 // Which frequencies count.
@@ -120,43 +124,58 @@ struct Counting {
   }
 };
 
-// The transform of a channel's kernel divided by the length, so that a way down and up again changes nothing.
-inline void transform_kernel(const Conv& c, const Fft& fft, const Counting& counting, int64_t channel, Wave to) {
-  load_taps(c, channel, to.re);
-  std::memset(to.re + c.taps, 0, (fft.length - c.taps) * sizeof(float));
+// The transform of a kernel divided by its length, so that a way down and up again changes nothing; places lie together.
+struct Spectrum {
+  float *re, *im;
+};
+
+inline void transform_kernel(const Conv& c, const Fft& fft, const Counting& counting, int64_t channel, Wave wave, Spectrum to) {
   const bool half = 2 * c.taps <= fft.length && !fft.levels.empty();
-  std::memset(to.im, 0, fft.length / (half ? 2 : 1) * sizeof(float));
+  wave.clear(fft.length / (half ? 2 : 1));
+  load_taps(c, channel, to.re);
+  in_chunks(0, c.taps, [&](int64_t at, int64_t from, int64_t count) {
+    std::memcpy(wave.re + at, to.re + from, count * sizeof(float));
+  });
   const float scale = 1.f / static_cast<float>(fft.length);
-  const Wave waves[1] = {to};
-  walk<1, 0>(fft, waves, half, false, counting, [&](int64_t at) {
-    Floats re[LANES], im[LANES];
-    leaf_down(to.re + at, to.im + at, fft.leaf, re, im);
-    for (int i = 0; i < LANES; ++i) {
-      const Floats factor = counting.factors.empty() ? scale + Floats{} : scale * load<Floats>(counting.factors.data() + at + i * LANES);
-      store(to.re + at + i * LANES, factor * re[i]), store(to.im + at + i * LANES, factor * im[i]);
+  walk<1, 0>(fft, &wave, half, false, counting, [&](int64_t at) {
+    Leaf leaf;
+    leaf.down(wave.re + spot(at), wave.im + spot(at), fft.leaf);
+    const float* factors = counting.factors.empty() ? nullptr : counting.factors.data() + at;
+    for (int r = 0; r < 4; ++r) {
+      Floats x[R], y[R];
+      leaf.get(R * r, 1, R, x, y);
+      inner<false>(x, y);
+#pragma GCC unroll 4
+      for (int k = 0; k < R; ++k) {
+        const int64_t own = (R * r + k) * LANES;
+        const Floats factor = factors ? scale * load<Floats>(factors + own) : scale + Floats{};
+        store(to.re + at + own, factor * x[k]), store(to.im + at + own, factor * y[k]);
+      }
     }
   });
 }
 
-// The transform that was prepared, or one made now in `room`.
-inline Wave kernel_wave(const Conv& c, const Fft& fft, const Counting& counting, int64_t channel, float* room) {
+// The transform that was prepared, or one made now in `room`, through `wave`.
+inline Spectrum spectrum(const Conv& c, const Fft& fft, const Counting& counting, int64_t channel, Wave wave, float* room) {
   if (c.transform) {
     float* own = c.transform.at<float>(channel * c.transform.stride[0]);
     return {own, own + fft.length};
   }
-  const Wave made{room, room + fft.length};
-  transform_kernel(c, fft, counting, channel, made);
+  const Spectrum made{room, room + fft.length + GAP};
+  transform_kernel(c, fft, counting, channel, wave, made);
   return made;
 }
 
-// The largest size of n numbers, a multiple of LANES; not finite where one of them is not.
+// The largest size of the first n numbers of a wave's row, a multiple of LANES; not finite where one of them is not.
 inline float size_of(const float* x, int64_t n) {
   Floats top{}, wrong{};
-  for (int64_t i = 0; i < n; i += LANES) {
-    const Floats own = load<Floats>(x + i), size = own < 0.f ? -own : own;
-    top = size > top ? size : top;
-    wrong += own * 0.f;
-  }
+  in_chunks(0, n, [&](int64_t at, int64_t, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) {
+      const Floats own = load<Floats>(x + at + i), size = own < 0.f ? -own : own;
+      top = size > top ? size : top;
+      wrong += own * 0.f;
+    }
+  });
   return largest_of(top) + sum_of(wrong);
 }
 

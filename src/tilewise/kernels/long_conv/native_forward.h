@@ -28,12 +28,14 @@ inline void finish(const Conv& c, int64_t b, int64_t channel, int64_t t, int64_t
   put_row(c.out, b, channel, t, n, to);
 }
 
-inline void multiply(Floats* re, Floats* im, const Wave& by, int64_t at) {
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) {
-    const Floats hr = load<Floats>(by.re + at + i * LANES), hi = load<Floats>(by.im + at + i * LANES), xr = re[i];
-    re[i] = times(xr, hr, im[i], hi);
-    im[i] = xr * hi + im[i] * hr;
+// Numbers of a column of a leaf, R registers, by those of a spectrum from `at` on; or by their conjugates.
+template <bool conjugate>
+ALWAYS_INLINE void multiply(Floats* re, Floats* im, const Spectrum& by, int64_t at) {
+#pragma GCC unroll 4
+  for (int k = 0; k < R; ++k) {
+    const Floats hr = load<Floats>(by.re + at + k * LANES), hi = load<Floats>(by.im + at + k * LANES), xr = re[k];
+    re[k] = conjugate ? xr * hr + im[k] * hi : xr * hr - im[k] * hi;
+    im[k] = conjugate ? im[k] * hr - xr * hi : xr * hi + im[k] * hr;
   }
 }
 
@@ -43,34 +45,46 @@ inline void multiply(Floats* re, Floats* im, const Wave& by, int64_t at) {
 // a power of 2. A row that holds an infinity or no number travels alone.
 inline void run_windows(const Conv& c, const Fft& fft, const Counting& counting, int64_t channel, int64_t first, int64_t last) {
   thread_local Buffer memory;
-  Rooms rooms(std::max(c.step, c.length));
-  float* own = memory.take<float>(4 * c.length);
-  const Wave kernel = kernel_wave(c, fft, counting, channel, own + 2 * c.length);
-  const Wave waves[1] = {{own, own + c.length}};
+  Rooms rooms(CHUNK);
+  float* own = memory.take<float>(2 * c.length + GAP + Wave::room(c.length));
+  const Wave waves[1] = {Wave::in(own + 2 * c.length + GAP, c.length)};
+  const Spectrum kernel = spectrum(c, fft, counting, channel, waves[0], own);
   float* const rows[2] = {waves[0].re, waves[0].im};
   const int64_t count = c.windows();
   const bool half = c.alone() && 2 * c.n() <= c.length && !fft.levels.empty();
   const int64_t wide = half ? c.length / 2 : c.length;
   const auto read = [&](int64_t unit, float* to) {
-    window(c, unit / count, channel, unit % count * c.step - c.lead, wide, to, rooms);
+    in_chunks(0, wide, [&](int64_t at, int64_t from, int64_t n) {
+      window(c, unit / count, channel, unit % count * c.step - c.lead + from, n, to + at, rooms);
+    });
   };
   const auto convolve = [&] {
     walk<1, 1>(fft, waves, half, half, counting, [&](int64_t at) {
-      Floats re[LANES], im[LANES];
-      leaf_down(rows[0] + at, rows[1] + at, fft.leaf, re, im);
-      multiply(re, im, kernel, at);
-      leaf_up(re, im, fft.leaf, rows[0] + at, rows[1] + at);
+      Leaf leaf;
+      leaf.down(rows[0] + spot(at), rows[1] + spot(at), fft.leaf);
+      for (int r = 0; r < 4; ++r) {
+        Floats x[R], y[R];
+        leaf.get(R * r, 1, R, x, y);
+        inner<false>(x, y);
+        multiply<false>(x, y, kernel, at + R * r * LANES);
+        inner<true>(x, y);
+        leaf.set(R * r, 1, R, x, y);
+      }
+      leaf.up(fft.leaf, rows[0] + spot(at), rows[1] + spot(at));
     });
   };
   const auto write = [&](int64_t unit, float* from, float scale) {
-    const int64_t t = unit % count * c.step, n = std::min(c.step, c.n() - t);
-    float* z = from + c.lead;
-    for (int64_t i = 0; i < n && scale != 1.f; ++i) z[i] *= scale;
-    finish(c, unit / count, channel, t, n, z, rooms);
+    const int64_t t = unit % count * c.step;
+    in_chunks(c.lead, std::min(c.step, c.n() - t), [&](int64_t at, int64_t later, int64_t n) {
+      float* z = from + at;
+      if (scale != 1.f)
+        for (int64_t i = 0; i < n; ++i) z[i] *= scale;
+      finish(c, unit / count, channel, t + later, n, z, rooms);
+    });
   };
   const auto alone = [&](int64_t unit) {
     read(unit, rows[0]);
-    std::memset(rows[1], 0, wide * sizeof(float));
+    std::memset(rows[1], 0, spot(wide) * sizeof(float));
     convolve();
     write(unit, rows[0], 1.f);
   };
@@ -89,10 +103,10 @@ inline void run_windows(const Conv& c, const Fft& fft, const Counting& counting,
     float scale = 1.f;  // of nothing, any
     if (sizes[small] > 0 && sizes[1 - small] > 2 * sizes[small]) {
       scale = std::exp2(std::floor(std::min(100.f, std::log2(sizes[1 - small]) - std::log2(sizes[small]))));
-      for (int64_t i = 0; i < wide; ++i) rows[small][i] *= scale;
+      for (int64_t i = 0; i < spot(wide); ++i) rows[small][i] *= scale;
     }
     convolve();
-    if (sizes[small] == 0) std::memset(rows[small], 0, c.length * sizeof(float));
+    if (sizes[small] == 0) std::memset(rows[small], 0, spot(c.length) * sizeof(float));
     for (int64_t i = 0; i < 2; ++i) write(unit + i, rows[i], i == small ? 1.f / scale : 1.f);
   }
 }
@@ -137,8 +151,10 @@ inline void run_prepare(const Conv& c) {
   const Counting counting(c, fft);
   for_each_job(c.channels(), c.threads, false, [&](int64_t channel) {
     const FlushSubnormals flushed;
+    thread_local Buffer memory;
     float* to = c.transform.at<float>(channel * c.transform.stride[0]);
-    transform_kernel(c, fft, counting, channel, {to, to + c.length});
+    const Wave wave = Wave::in(memory.take<float>(Wave::room(c.length)), c.length);
+    transform_kernel(c, fft, counting, channel, wave, {to, to + c.length});
   });
 }
 

@@ -13,7 +13,7 @@ from tilewise.kernels.long_conv import op
 from tilewise.kernels.long_conv.call import Call
 from tilewise.kernels.long_conv.plan import Plan
 
-AT_ONCE = 1 << 20  # numbers of all windows that are transformed together: 4 MiB of float32
+AT_ONCE = 1 << 18  # numbers of all windows that are transformed together: 1 MiB of float32
 
 
 @dataclass(frozen=True)
