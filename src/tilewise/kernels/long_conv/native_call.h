@@ -16,6 +16,7 @@ struct Conv {
   int64_t n() const { return x.size[2]; }
   int64_t size() const { return kernel.size[1]; }
   int64_t windows() const { return (n() + step - 1) / step; }
+  bool preparing() const { return !out && !d_out; }  // a transform that is yet to be made
   bool alone() const { return lead == 0 && windows() == 1; }  // one window, nothing before it
 };
 
@@ -103,12 +104,12 @@ inline void load_taps(const Conv& c, int64_t channel, float* to) {
 struct Counting {
   const Conv& call;
   std::vector<uint8_t> rows;   // of each class
-  std::vector<float> factors;  // 1 or 0 of every place of a transform; empty where all count
+  std::vector<float> factors;  // 1 or 0 of every place of a transform; empty where all count, and where none is asked for
 
   Counting(const Conv& c, const Fft& fft) : call(c) {
     const int64_t count = c.kept ? c.kept.size[0] : 0;
     for (int64_t r = 0; r < count; ++r) rows.push_back(*c.kept.at<uint8_t>(r * c.kept.stride[0]));
-    if (!count) return;
+    if (!count || (c.transform && !c.preparing())) return;  // it was made without those that do not count
     const std::vector<int64_t> order = fft.frequencies();
     for (int64_t f : order) factors.push_back(rows[f % count] && std::min(f, fft.length - f) <= c.cut ? 1.f : 0.f);
   }
