@@ -1,11 +1,12 @@
-"""Long convolutions side by side: against the usual composition of torch.fft, and against themselves where less is
-asked for.
+"""Long convolutions side by side: against the usual composition of torch.fft, and against themselves where
+less is asked for.
 
     python benchmarks/convolution.py [--quick] [training inference partial sparse decode memory]
 
-The work is a gated causal convolution of 4 sequences of 64 channels, each with a kernel as long as the sequence, in
-float32: `gate_out * (conv(gate_in * x) + skip * (gate_in * x))`. Rates count what the transforms of two real rows at a
-time take, 5 L log2 L for each of length L, whoever does them how.
+The work is a gated causal convolution of 4 sequences of 64 channels, each with a kernel as long as the
+sequence, in
+float32: `gate_out * (conv(gate_in * x) + skip * (gate_in * x))`. Rates count what the transforms of two real
+rows at a time take, 5 L log2 L for each of length L, whoever does them how.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def inference(lengths: list[int]) -> list[harness.Row]:
             "native": partial(untracked, native, **given),
         }
         want = usual(**given)
-        torch.testing.assert_close(contenders["native, prepared"](), want, rtol=1e-3, atol=1e-3 * float(want.std()))
+        torch.testing.assert_close(
+            contenders["native, prepared"](), want, rtol=1e-3, atol=1e-3 * float(want.std())
+        )
         rows += harness.race(f"fixed kernel, N={n}", contenders, dict.fromkeys(contenders, work(n, 2)))
     return rows
 
@@ -164,7 +167,13 @@ def decode(taps: list[int]) -> list[harness.Row]:
         contenders: dict[str, Callable[[], object]] = {}
         for engine in ("torch", "native"):
             contenders[engine] = partial(
-                untracked, long_conv, x=given["x"], kernel=given["kernel"], **options, state=state, engine=engine
+                untracked,
+                long_conv,
+                x=given["x"],
+                kernel=given["kernel"],
+                **options,
+                state=state,
+                engine=engine,
             )
         bytes_ = dict.fromkeys(contenders, 4.0 * 16 * C * count)
         rows += harness.race(f"a token, K={count}", contenders, bytes_, unit="GB/s")
@@ -180,15 +189,16 @@ def memory(lengths: list[int]) -> list[dict[str, object]]:
             leaves = {key: x.requires_grad_() for key, x in given.items()}
             made: list[object] = []
 
-            def step(
-                run=run, leaves=leaves, d_out=d_out, made=made
-            ) -> None:
+            def step(run=run, leaves=leaves, d_out=d_out, made=made) -> None:
                 made.extend(torch.autograd.grad(run(**leaves), list(leaves.values()), d_out))
 
             peak = allocations(step)[1]
             gradients = sum(x.nbytes for x in given.values())
             found.append({"n": n, "provider": name, "bytes": peak, "gradients": gradients})
-            print(f"memory, N={n:<8}{name:<12}{peak / 1e6:>9.1f} MB, of which gradients {gradients / 1e6:.1f}", flush=True)
+            print(
+                f"memory, N={n:<8}{name:<12}{peak / 1e6:>9.1f} MB, of which gradients {gradients / 1e6:.1f}",
+                flush=True,
+            )
     return found
 
 

@@ -1,4 +1,5 @@
-"""H3 and the diagonal state space: kernels and states are one recurrence, and what H3 recalls that S4D does not."""
+"""H3 and the diagonal state space: kernels and states are one recurrence, and what H3 recalls that S4D does
+not."""
 
 from __future__ import annotations
 
@@ -42,14 +43,17 @@ def test_kernel_and_state_are_the_recurrence(n):
 
 
 def slow_h3(mixer: H3, x: Tensor) -> Tensor:
-    """The layer written out: one token after the other, keys held by a shift, every key of a head with every value."""
+    """The layer written out: one token after the other, keys held by a shift, every key of a head with every
+    value."""
     b, n, width = x.shape
     q, k, v = mixer.query(x), mixer.key(x), mixer.value(x)
     held = torch.zeros(b, width, mixer.shift.shape[1], dtype=x.dtype)
     state, outs = None, []
     for t in range(n):
         held = torch.cat((k[:, t].unsqueeze(2), held[:, :, :-1]), 2)
-        key = ((held * mixer.shift).sum(2) + mixer.shift_skip * k[:, t]).unflatten(1, (mixer.heads, mixer.head))
+        key = ((held * mixer.shift).sum(2) + mixer.shift_skip * k[:, t]).unflatten(
+            1, (mixer.heads, mixer.head)
+        )
         value, query = (z[:, t].unflatten(1, (mixer.heads, mixer.head)) for z in (v, q))
         made = torch.zeros_like(value)
         if state is None:
@@ -65,8 +69,8 @@ def slow_h3(mixer: H3, x: Tensor) -> Tensor:
 @pytest.mark.evidence
 @pytest.mark.parametrize("head", [1, 4])
 def test_convolution_is_recurrent_decoding(head):
-    """The whole at once, in parts, and token by token with states handed on: all are the layer's recurrence. Without
-    the state they are not."""
+    """The whole at once, in parts, and token by token with states handed on: all are the layer's recurrence.
+    Without the state they are not."""
     torch.manual_seed(0)
     mixer, x = H3(8, states=6, shift=5, head=head).double(), torch.randn(2, 150, 8, dtype=torch.float64)
     with torch.no_grad():

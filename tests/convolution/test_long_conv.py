@@ -1,4 +1,5 @@
-"""The long convolution as a function: states, masks, packs, two sides, prepared and sparse kernels, bad input."""
+"""The long convolution as a function: states, masks, packs, two sides, prepared and sparse kernels, bad
+input."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from tilewise.kernels.long_conv.monarch import Monarch, factor, matrices
 N = 75
 
 
-def drawn(b: int = 2, channels: int = 4, n: int = N, taps: int = 40, dtype=torch.float64) -> dict[str, Tensor]:
+def drawn(
+    b: int = 2, channels: int = 4, n: int = N, taps: int = 40, dtype=torch.float64
+) -> dict[str, Tensor]:
     """Arguments of `long_conv`."""
     gen = torch.Generator().manual_seed(0)
 
@@ -58,7 +61,9 @@ def test_split_anywhere(engine, taps):
     for borders in ([0, 1, N], [0, 30, 31, 64, N], list(range(N + 1))):
         state, outs = None, []
         for start, end in itertools.pairwise(borders):
-            out, state = long_conv(**part(given, slice(start, end)), state=state, engine=engine, return_state=True)
+            out, state = long_conv(
+                **part(given, slice(start, end)), state=state, engine=engine, return_state=True
+            )
             outs.append(out)
         torch.testing.assert_close(torch.cat(outs, 2), whole, **close)
         torch.testing.assert_close(state.inputs, last.inputs)
@@ -104,9 +109,7 @@ def test_padding_is_not_there(causal):
         got, after = long_conv(**padded, mask=mask, causal=False), None
     assert (got.masked_select(~mask.unsqueeze(1)) == 0).all()
     for row in range(2):
-        own = {
-            name: x[row : row + 1, :, mask[row]] if x.ndim == 3 else x for name, x in given.items()
-        }
+        own = {name: x[row : row + 1, :, mask[row]] if x.ndim == 3 else x for name, x in given.items()}
         want = long_conv(**own, causal=causal)
         torch.testing.assert_close(got[row : row + 1, :, mask[row]], want)
         if after is not None:
@@ -140,7 +143,9 @@ def test_gradients_of_packed_sequences():
     given = {name: x.requires_grad_() for name, x in drawn(b=1).items()}
     offsets = torch.tensor([0, 20, N])
     weights = torch.randn(1, 4, N, dtype=torch.float64)
-    packed = torch.autograd.grad((long_conv(**given, cu_seqlens=offsets) * weights).sum(), list(given.values()))
+    packed = torch.autograd.grad(
+        (long_conv(**given, cu_seqlens=offsets) * weights).sum(), list(given.values())
+    )
     outs = [long_conv(**part(given, slice(a, b))) for a, b in ((0, 20), (20, N))]
     alone = torch.autograd.grad((torch.cat(outs, 2) * weights).sum(), list(given.values()))
     for a, b in zip(packed, alone):
@@ -153,11 +158,15 @@ def test_gates_are_broadcast():
     got = long_conv(given["x"], given["kernel"], gate_out=gate)
     want = long_conv(given["x"], given["kernel"]) * gate
     torch.testing.assert_close(got, want)
-    (mine,), (right,) = (torch.autograd.grad(one.square().sum(), gate, retain_graph=True) for one in (got, want))
+    (mine,), (right,) = (
+        torch.autograd.grad(one.square().sum(), gate, retain_graph=True) for one in (got, want)
+    )
     torch.testing.assert_close(mine, right)
 
 
-@pytest.mark.parametrize(("n", "after", "before"), [(50, 50, 49), (50, 3, 60), (50, 80, 2), (1, 2, 2), (300, 40, 7)])
+@pytest.mark.parametrize(
+    ("n", "after", "before"), [(50, 50, 49), (50, 3, 60), (50, 80, 2), (1, 2, 2), (300, 40, 7)]
+)
 def test_two_sides(n, after, before):
     given = drawn(n=n)
     forth, back = (torch.randn(4, size, dtype=torch.float64) for size in (after, before))
@@ -240,7 +249,11 @@ X = torch.zeros(2, 4, N, dtype=torch.float64)
         (bad(x=X[0]), ValueError, r"x must be \[B, C, N\], got shape \(4, 75\)"),
         (bad(kernel=torch.zeros(5, 3)), ValueError, r"kernel must be \[4, K\], got shape \(5, 3\)"),
         (bad(kernel=torch.zeros(4, 0)), ValueError, "K >= 1"),
-        (bad(kernel="no"), TypeError, "kernel must be a floating tensor or what prepare made of one, got str"),
+        (
+            bad(kernel="no"),
+            TypeError,
+            "kernel must be a floating tensor or what prepare made of one, got str",
+        ),
         (bad(gate_in=X[:, :3]), ValueError, r"gate_in must be \[2|1, 4|1, 75|1\], got shape \(2, 3, 75\)"),
         (bad(gate_out=X.int()), TypeError, "gate_out must be a floating tensor, got torch.int32"),
         (bad(skip=torch.zeros(3)), ValueError, r"skip must be \[4\], got shape \(3,\)"),
@@ -250,7 +263,11 @@ X = torch.zeros(2, 4, N, dtype=torch.float64)
         (bad(state=ConvState(torch.zeros(2, 4, 3))), ValueError, r"must be \[2, 4, 39\], got \[2, 4, 3\]"),
         (bad(sparsity=FrequencySparsity(3)), ValueError, "sparsity is of circular convolutions"),
         (bad(sparsity=3, causal=False), TypeError, "sparsity must be None or a FrequencySparsity, got int"),
-        (bad(sparsity=FrequencySparsity(4), causal=False), ValueError, "must divide the length, got 4 and 75"),
+        (
+            bad(sparsity=FrequencySparsity(4), causal=False),
+            ValueError,
+            "must divide the length, got 4 and 75",
+        ),
         (bad(mask=X[:, 0]), TypeError, "mask must be a boolean tensor"),
         (bad(cu_seqlens=torch.tensor([0, 75])), ValueError, "are a batch of one, got 2"),
         (bad(engine="fast"), ValueError, "engine must be 'auto' or one of"),
@@ -266,7 +283,8 @@ def test_bad_input(call, error, message):
         call()
 
 
-# ------------------------------------------------------------------------------- FlashFFTConv (Fu et al., 2023)
+# ------------------------------------------------------------------------------- FlashFFTConv (Fu et al.,
+# 2023)
 
 
 @pytest.mark.evidence
@@ -290,7 +308,8 @@ def test_two_products_of_matrices_are_the_transform(n):
 @pytest.mark.parametrize("kind", ["causal", "circular", "two-sided"])
 @pytest.mark.parametrize("n", [512, 700])
 def test_gated_convolutions_are_those_of_torch_fft(engine, kind, n):
-    """Outputs and all gradients, within twice the rounding of torch.fft in the same format; not without the gates."""
+    """Outputs and all gradients, within twice the rounding of torch.fft in the same format; not without the
+    gates."""
     gen = torch.Generator().manual_seed(1)
     shapes = {"x": (2, 4, n), "kernel": (4, n), "gate_in": (2, 4, n), "gate_out": (2, 4, n), "skip": (4,)}
     given = {name: torch.randn(shape, generator=gen).requires_grad_() for name, shape in shapes.items()}
@@ -315,7 +334,11 @@ def test_gated_convolutions_are_those_of_torch_fft(engine, kind, n):
         out = run(**leaves)
         return [out, *torch.autograd.grad((out * weights.to(dtype)).sum(), list(leaves.values()))]
 
-    want, plain, got = results(usual, torch.float64), results(usual, torch.float32), results(mine, torch.float32)
+    want, plain, got = (
+        results(usual, torch.float64),
+        results(usual, torch.float32),
+        results(mine, torch.float32),
+    )
     for right, naive, found in zip(want, plain, got):
         assert (found - right).norm() <= 2 * (naive - right).norm()
     ungated = mine(given["x"], given["kernel"])
@@ -336,12 +359,15 @@ def seconds(run, repeats: int = 7) -> float:
 @pytest.mark.evidence
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_partial_kernels_cost_what_their_length_asks_for(engine):
-    """A kernel of an eighth: what the same taps give with zeros behind them, in less time, and in shorter windows."""
+    """A kernel of an eighth: what the same taps give with zeros behind them, in less time, and in shorter
+    windows."""
     given = drawn(n=16384, taps=2048, channels=8, dtype=torch.float32)
     short, kernel = given.pop("kernel") / 2048**0.5, torch.zeros(8, 16384)
     kernel[:, :2048] = short
     partial, full = (functools.partial(long_conv, kernel=k, engine=engine, **given) for k in (short, kernel))
-    exact = long_conv(kernel=short.double(), **{name: x.double() for name, x in given.items()}, engine="torch")
+    exact = long_conv(
+        kernel=short.double(), **{name: x.double() for name, x in given.items()}, engine="torch"
+    )
     assert (partial() - exact).norm() <= 2 * (full() - exact).norm()
     if engine == "native":
         assert seconds(full) > 1.2 * seconds(partial)
@@ -354,8 +380,8 @@ def test_partial_kernels_cost_what_their_length_asks_for(engine):
 
 @pytest.mark.evidence
 def test_frequencies_that_do_not_count_are_not_computed():
-    """A quarter of the rows: the definition's outputs, in a quarter of the products, and in less time where kernels are
-    prepared. The same kernel given whole, with zeros at those frequencies, saves nothing."""
+    """A quarter of the rows: the definition's outputs, in a quarter of the products, and in less time where
+    kernels are prepared. The same kernel given whole, with zeros at those frequencies, saves nothing."""
     n, quarter = 4096, FrequencySparsity(16, (0, 1, 8, 15))
     given = drawn(n=n, taps=n, channels=32, dtype=torch.float32)
     given["kernel"] = given["kernel"] / n**0.5
@@ -373,10 +399,14 @@ def test_frequencies_that_do_not_count_are_not_computed():
             got = long_conv(kernel=kernel, **others, **options[name], engine=engine)
             assert (got - want).norm() <= 1e-5 * want.norm(), (name, engine)
         fixed = prepare(kernel, n, **options[name])
-        spent[name] = seconds(functools.partial(long_conv, kernel=fixed, **others, **options[name], engine="native"))
+        spent[name] = seconds(
+            functools.partial(long_conv, kernel=fixed, **others, **options[name], engine="native")
+        )
     assert spent["zeroed"] > 1.2 * spent["sparse"], spent
     call = Call(given["x"], given["kernel"], causal=False)
-    whole = Monarch.of(n, 16, list(range(16)), list(range(n // 16)), torch.complex64, torch.device("cpu")).products
+    whole = Monarch.of(
+        n, 16, list(range(16)), list(range(n // 16)), torch.complex64, torch.device("cpu")
+    ).products
     left = matrices(replace(call, rows=16, kept=quarter.kept), n).products
     assert left == whole / 4
     assert matrices(replace(call, rows=16, kept=quarter.kept, band=0.25), n).products < whole / 12
@@ -384,8 +414,8 @@ def test_frequencies_that_do_not_count_are_not_computed():
 
 @pytest.mark.evidence
 def test_smooth_kernels_need_few_frequencies():
-    """A quarter of the frequencies, the lowest, of kernels that fade slowly: a small error; an arbitrary quarter is
-    not enough, nor is the lowest of a kernel of noise."""
+    """A quarter of the frequencies, the lowest, of kernels that fade slowly: a small error; an arbitrary
+    quarter is not enough, nor is the lowest of a kernel of noise."""
     n = 1024
     t = torch.arange(n, dtype=torch.float64)
     rates = torch.tensor([[4.0], [8.0], [16.0]], dtype=torch.float64)

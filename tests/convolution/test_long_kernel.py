@@ -55,10 +55,11 @@ def signals(kind: str, count: int, seed: int, noise: float) -> tuple[Tensor, Ten
 
 
 def fitted(kind: str, change: Callable[[Tensor], Tensor], start: float = 0.0) -> tuple[float, float]:
-    """Kernels learned from three noisy signals: their error where they learned, in units of the noise, and on clean
-    ones that they never saw, as a share of those.
+    """Kernels learned from three noisy signals: their error where they learned, in units of the noise, and on
+    clean ones that they never saw, as a share of those.
 
-    Every output is a weighted sum of a few kernels, as in a layer; weights decay alike, whatever `change` does.
+    Every output is a weighted sum of a few kernels, as in a layer; weights decay alike, whatever `change`
+    does.
     """
     x, y = signals(kind, 3, 1, 1.0)
     gen = torch.Generator().manual_seed(2)
@@ -72,7 +73,9 @@ def fitted(kind: str, change: Callable[[Tensor], Tensor], start: float = 0.0) ->
         return long_conv(x, (change(taps).unflatten(0, (CHANNELS, EACH)) * weights).sum(1))
 
     for _ in range(200):
-        loss = (model(x) - y).square().mean((0, 2)).sum() + 0.1 * (taps.square().sum() + weights.square().sum())
+        loss = (model(x) - y).square().mean((0, 2)).sum() + 0.1 * (
+            taps.square().sum() + weights.square().sum()
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -90,10 +93,14 @@ PLAIN = functools.partial(fitted, change=lambda kernel: kernel)
 
 @pytest.mark.evidence
 def test_squashed_kernels_generalise_where_plain_ones_fit_noise():
-    """Four echoes among 256 taps: the plain kernels fit their signals better than the truth does, and others worse."""
+    """Four echoes among 256 taps: the plain kernels fit their signals better than the truth does, and others
+    worse."""
     plain_seen, plain = PLAIN("echoes")
     squashed_seen, squashed = SQUASHED("echoes")
-    assert plain_seen < 0.9 and squashed_seen > 0.95, (plain_seen, squashed_seen)  # below 1 is noise that was learned
+    assert plain_seen < 0.9 and squashed_seen > 0.95, (
+        plain_seen,
+        squashed_seen,
+    )  # below 1 is noise that was learned
     assert squashed < 0.6 * plain, (plain, squashed)
     # Where nothing is small enough to leave out, it is no help.
     assert SQUASHED("noise")[1] > PLAIN("noise")[1]
@@ -140,7 +147,8 @@ def test_a_learned_transform_starts_as_the_convolution(length, block):
         x = torch.randn(2, 3, n)
         torch.testing.assert_close(layer(x), butterflied(x, layer), rtol=1e-4, atol=1e-5)
         mine, want = (
-            torch.autograd.grad(out.square().sum(), layer.kernel)[0] for out in (layer(x), butterflied(x, layer))
+            torch.autograd.grad(out.square().sum(), layer.kernel)[0]
+            for out in (layer(x), butterflied(x, layer))
         )
         torch.testing.assert_close(mine, want, rtol=1e-3, atol=1e-4)
 
@@ -177,16 +185,20 @@ def test_a_learned_transform_computes_more_than_convolutions():
 @pytest.mark.evidence
 @pytest.mark.parametrize("n", [1024, 4096])
 def test_evaluation_in_blocks_is_the_convolution_in_fewer_operations(n):
-    """Both forms of the butterfly: products of matrices, and passes whose blocks are finished one by one in cache; the
-    latter in less time than torch.fft takes."""
+    """Both forms of the butterfly: products of matrices, and passes whose blocks are finished one by one in
+    cache; the latter in less time than torch.fft takes."""
     gen = torch.Generator().manual_seed(0)
     x, kernel = torch.randn(4, 16, n, generator=gen), torch.randn(16, n, generator=gen) / n**0.5
-    want = torch.fft.irfft(torch.fft.rfft(x.double(), 2 * n) * torch.fft.rfft(kernel.double(), 2 * n), 2 * n)[..., :n]
+    want = torch.fft.irfft(torch.fft.rfft(x.double(), 2 * n) * torch.fft.rfft(kernel.double(), 2 * n), 2 * n)[
+        ..., :n
+    ]
     plain = torch.fft.irfft(torch.fft.rfft(x, 2 * n) * torch.fft.rfft(kernel, 2 * n), 2 * n)[..., :n]
     for engine in ("native", "monarch"):
         got = long_conv(x, kernel, engine=engine)
         assert (got - want).norm() <= 2 * (plain - want).norm(), engine
-    usual = functools.partial(lambda x, k: torch.fft.irfft(torch.fft.rfft(x, 2 * n) * torch.fft.rfft(k, 2 * n)), x, kernel)
+    usual = functools.partial(
+        lambda x, k: torch.fft.irfft(torch.fft.rfft(x, 2 * n) * torch.fft.rfft(k, 2 * n)), x, kernel
+    )
     assert seconds(functools.partial(long_conv, x, kernel, engine="native")) < seconds(usual)
     a = factor(2 * n)
     made = Monarch.of(2 * n, a, list(range(a)), list(range(2 * n // a)), torch.complex64, torch.device("cpu"))

@@ -21,7 +21,9 @@ FAST = ["native", "torch", "monarch"]
 LENGTHS = [0, 1, 2, 15, 16, 17, 31, 33, 127, 128, 129]
 
 
-def make(batch=2, channels=None, n=33, taps=33, dtype=torch.float32, gates=True, before=False, **given) -> Call:
+def make(
+    batch=2, channels=None, n=33, taps=33, dtype=torch.float32, gates=True, before=False, **given
+) -> Call:
     """Random inputs, exactly representable in `dtype`; kernels that fade, as learned ones do.
 
     Short ones have more channels: the quotient of two errors of a few numbers is chance.
@@ -82,8 +84,8 @@ def results(call: Call, run) -> dict[str, Tensor]:
 
 
 def check(call: Call, engine: str) -> None:
-    """Errors of at most twice those of the usual composition in the call's own format, against float64: of the
-    definition, or where that would take long of the composition, which agrees with it (see below)."""
+    """Errors of at most twice those of the usual composition in the call's own format, against float64: of
+    the definition, or where that would take long of the composition, which agrees with it (see below)."""
     short = call.x.shape[2] * call.kernel.shape[1] <= 300_000
     exact = to(call, torch.float64)
     want = results(exact, (lambda c: long_conv(c, "definition")) if short else composition)
@@ -103,7 +105,9 @@ def cut(monkeypatch, **given) -> None:
     monkeypatch.setattr(native, "cut", lambda call: Plan(**given))
 
 
-@pytest.mark.parametrize("given", [{}, {"causal": False}, {"before": True}, {"causal": False, "rows": 5, "kept": (0, 2, 3)}])
+@pytest.mark.parametrize(
+    "given", [{}, {"causal": False}, {"before": True}, {"causal": False, "rows": 5, "kept": (0, 2, 3)}]
+)
 def test_the_composition_is_the_definition(given):
     """In float64, gradients too."""
     call = make(n=300, taps=310 if given.get("before") else 290, dtype=torch.float64, **given)
@@ -129,7 +133,9 @@ def test_long(engine, causal, n):
 
 @pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("n", "taps"), [(1, 50), (3, 300), (300, 3), (300, 700), (1000, 1), (1000, 130), (40, 8)])
+@pytest.mark.parametrize(
+    ("n", "taps"), [(1, 50), (3, 300), (300, 3), (300, 700), (1000, 1), (1000, 130), (40, 8)]
+)
 def test_kernels_of_other_lengths(engine, causal, n, taps):
     check(make(n=n, taps=taps, causal=causal), engine)
 
@@ -188,7 +194,14 @@ def test_strides(engine, n):
     check(odd, engine)
 
 
-SPARSE = [(4, (0,), 1.0), (4, (1, 3), 1.0), (16, (0, 1, 8, 15), 1.0), (2, (1,), 0.5), (1, (0,), 0.25), (64, (0, 5, 59), 0.7)]
+SPARSE = [
+    (4, (0,), 1.0),
+    (4, (1, 3), 1.0),
+    (16, (0, 1, 8, 15), 1.0),
+    (2, (1,), 0.5),
+    (1, (0,), 0.25),
+    (64, (0, 5, 59), 0.7),
+]
 
 
 @pytest.mark.parametrize("engine", FAST)
@@ -281,7 +294,11 @@ def test_gradcheck(engine, given):
 @pytest.mark.parametrize("engine", FAST)
 def test_operator_registrations(engine, monkeypatch):
     monkeypatch.undo()  # the poisoned `torch.empty` is Python, which the checks would trace
-    for call in (make(n=9, taps=4), make(n=9, taps=4, gates=False, before=True), make(n=300, taps=300, causal=False)):
+    for call in (
+        make(n=9, taps=4),
+        make(n=9, taps=4, gates=False, before=True),
+        make(n=300, taps=300, causal=False),
+    ):
         leaves = [x if x is None else x.requires_grad_() for x in (getattr(call, name) for name in NAMES)]
         rest = (None, call.causal, call.rows, list(call.kept), call.band, engine)
         torch.library.opcheck(torch.ops.tilewise.long_conv.default, (*leaves, *rest))
@@ -342,7 +359,8 @@ def test_engines_that_cannot_run_say_so():
 
 @pytest.mark.parametrize("cut_at", [None, 512])
 def test_rows_do_not_see_each_other(monkeypatch, cut_at):
-    """Rows of unlike sizes share transforms: each is as exact as alone, and what is no number stays where it is."""
+    """Rows of unlike sizes share transforms: each is as exact as alone, and what is no number stays where it
+    is."""
     n, taps = 600, 100 if cut_at else 600
     if cut_at:
         cut(monkeypatch, length=cut_at, lead=taps - 1, step=cut_at - taps + 1, taps=taps)

@@ -34,8 +34,8 @@ def long_conv(
     engine: str = "auto",
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, ConvState]:
-    """Every channel convolved with its own kernel, as long as the sequence if need be (FlashFFTConv, Fu et al., 2023,
-    arXiv 2311.05908).
+    """Every channel convolved with its own kernel, as long as the sequence if need be (FlashFFTConv, Fu et
+    al., 2023, arXiv 2311.05908).
 
     With `u = gate_in * x`:
 
@@ -43,15 +43,16 @@ def long_conv(
 
     Args:
         x: `[B, C, N]`, float16, bfloat16, float32 or float64, any strides (`[B, N, C]` is `x.mT`).
-        kernel: `[C, K]`, any K >= 1, floating, or what `prepare` made of it. A kernel shorter than N costs as much as
-            its own length asks for (a partial convolution).
-        causal: True: inputs before the first token are those of `state`, or 0. False: circular, t - k counts modulo
-            N; a longer kernel goes around.
+        kernel: `[C, K]`, any K >= 1, floating, or what `prepare` made of it. A kernel shorter than N costs as
+            much as its own length asks for (a partial convolution).
+        causal: True: inputs before the first token are those of `state`, or 0. False: circular, t - k counts
+            modulo N; a longer kernel goes around.
         gate_in, gate_out: `[B|1, C|1, N|1]`; None is 1. skip: `[C]`; None is 0.
         state: from an earlier causal call; None is zeros.
-        mask: bool `[B, N]`, False for padding anywhere: tokens behind it follow those before it, and it gets 0.
-        cu_seqlens: int `[S + 1]` for sequences packed in a batch of one. Sequences of like length are computed
-            together.
+        mask: bool `[B, N]`, False for padding anywhere: tokens behind it follow those before it, and it gets
+            0.
+        cu_seqlens: int `[S + 1]` for sequences packed in a batch of one. Sequences of like length are
+            computed together.
         sparsity: frequencies of the kernel that count, of a circular convolution; None: all of them.
         engine: "auto", or the name of an engine, which then runs or raises.
         return_state: also return the inputs that later tokens of a causal convolution can still reach.
@@ -59,14 +60,17 @@ def long_conv(
     Returns:
         `[B, C, N]` in x's dtype, or that and a `ConvState`. Computed in float32 (float64 for float64 inputs).
 
-    Causal and split anywhere, with states handed on, it gives what the whole would, to rounding. A causal result is
+    Causal and split anywhere, with states handed on, it gives what the whole would, to rounding. A causal
+    result is
     computed through transforms of whole windows: later tokens change earlier outputs by rounding, never more.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes and values that do not fit; the message names the argument and what is
-            accepted. Nothing is changed.
+        ValueError, TypeError: shapes, dtypes and values that do not fit; the message names the argument and
+            what is accepted. Nothing is changed.
     """
-    call, offsets, taken = _bind(x, kernel, causal, gate_in, gate_out, skip, state, mask, cu_seqlens, sparsity, return_state)
+    call, offsets, taken = _bind(
+        x, kernel, causal, gate_in, gate_out, skip, state, mask, cu_seqlens, sparsity, return_state
+    )
     if mask is None and offsets is None:
         out = kernel_op.long_conv(call, engine)
         if not return_state:
@@ -98,15 +102,15 @@ def two_sided_conv(
     skip: Tensor | None = None,
     engine: str = "auto",
 ) -> Tensor:
-    """A convolution that looks both ways: `y_t = gate_out_t * (sum_k after_k u_{t-k} + sum_k before_k u_{t+1+k} +
-    skip * u_t)`, `u = gate_in * x`, and nothing beyond the ends.
+    """A convolution that looks both ways: `y_t = gate_out_t * (sum_k after_k u_{t-k} + sum_k before_k
+    u_{t+1+k} + skip * u_t)`, `u = gate_in * x`, and nothing beyond the ends.
 
     Args:
-        x: `[B, C, N]`. after: `[C, K]`, what a token leaves to itself and later ones. before: `[C, M]`, to earlier
-            ones, the nearest first. Others as for `long_conv`.
+        x: `[B, C, N]`. after: `[C, K]`, what a token leaves to itself and later ones. before: `[C, M]`, to
+            earlier ones, the nearest first. Others as for `long_conv`.
 
-    It is one circular convolution over N zeros more, in which earlier tokens are the far end of a kernel. Raises as
-    `long_conv` does.
+    It is one circular convolution over N zeros more, in which earlier tokens are the far end of a kernel.
+    Raises as `long_conv` does.
     """
     check_kernel(after)
     check_kernel(before)
@@ -129,13 +133,26 @@ def two_sided_conv(
     return cast(Tensor, made)[..., :n]
 
 
-def explain_conv(x: Tensor, kernel: Tensor | PreparedKernel, *, engine: str = "auto", **options: Any) -> Choice:
+def explain_conv(
+    x: Tensor, kernel: Tensor | PreparedKernel, *, engine: str = "auto", **options: Any
+) -> Choice:
     """The engine that `long_conv` with the same arguments would run, and why each other one would not."""
-    names = ("causal", "gate_in", "gate_out", "skip", "state", "mask", "cu_seqlens", "sparsity", "return_state")
+    names = (
+        "causal",
+        "gate_in",
+        "gate_out",
+        "skip",
+        "state",
+        "mask",
+        "cu_seqlens",
+        "sparsity",
+        "return_state",
+    )
     if unknown := sorted(set(options) - set(names)):
         raise TypeError(f"explain_conv takes the arguments of long_conv, got {', '.join(unknown)}")
     given = {"causal": True, "return_state": False} | options
-    return kernel_op.explain(_bind(x, kernel, *(given.get(name) for name in names))[0], engine)  # type: ignore[arg-type]
+    call, _, _ = _bind(x, kernel, *(given.get(name) for name in names))
+    return kernel_op.explain(call, engine)
 
 
 def _bind(
@@ -165,7 +182,9 @@ def _bind(
     if sparsity is not None and (mask is not None or offsets is not None):
         rows, kept, band = sparsity.rows, sparsity.kept, sparsity.band
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gate_in, gate_out = (_gate(name, gate, x) for name, gate in (("gate_in", gate_in), ("gate_out", gate_out)))
+    gate_in, gate_out = (
+        _gate(name, gate, x) for name, gate in (("gate_in", gate_in), ("gate_out", gate_out))
+    )
     if skip is not None:
         check_floating("skip", skip, x, "x")
         if tuple(skip.shape) != (channels,):

@@ -18,7 +18,9 @@ def check_kernel(kernel: Tensor) -> None:
         raise ValueError(f"kernel must be [C, K] with K >= 1, got shape {tuple(kernel.shape)}")
 
 
-def check_sparsity(sparsity: FrequencySparsity | None, causal: bool, n: int) -> tuple[int, tuple[int, ...], float]:
+def check_sparsity(
+    sparsity: FrequencySparsity | None, causal: bool, n: int
+) -> tuple[int, tuple[int, ...], float]:
     """Rows, those kept and the band; ValueError where they do not fit the call."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False (circular), got {causal!r}")
@@ -28,8 +30,8 @@ def check_sparsity(sparsity: FrequencySparsity | None, causal: bool, n: int) -> 
         raise TypeError(f"sparsity must be None or a FrequencySparsity, got {type(sparsity).__name__}")
     if causal:
         raise ValueError(
-            "sparsity is of circular convolutions (causal=False): without some of its frequencies a kernel reaches"
-            " tokens to come"
+            "sparsity is of circular convolutions (causal=False): without some of its frequencies a kernel"
+            " reaches tokens to come"
         )
     if n % sparsity.rows:
         raise ValueError(f"rows of sparsity must divide the length, got {sparsity.rows} and {n}")

@@ -13,13 +13,16 @@ SPAN = 64  # powers are made of those within a span and those between spans, so 
 
 
 class DiagonalSSM(nn.Module):
-    """`s_t = p s_{t-1} + b u_t`, `y_t = 2 Re(c . s_t)` for each channel, with complex numbers p inside the unit circle.
+    """`s_t = p s_{t-1} + b u_t`, `y_t = 2 Re(c . s_t)` for each channel, with complex numbers p inside the
+    unit circle.
 
-    After S4D (Gu et al., 2022, arXiv 2206.11893): rates `A = -exp(log_rate) + i frequency`, held for a learned step d
-    (zero-order hold): `p = exp(d A)`, `b = (p - 1) / A`; at first rates are 1/2 and frequencies pi times 0, 1, 2 ...
+    After S4D (Gu et al., 2022, arXiv 2206.11893): rates `A = -exp(log_rate) + i frequency`, held for a
+    learned step d (zero-order hold): `p = exp(d A)`, `b = (p - 1) / A`; at first rates are 1/2 and
+    frequencies pi times 0, 1, 2 ...
 
     Args:
-        channels: their number. states: real numbers in the state of one, even. steps: the smallest and largest d.
+        channels: their number. states: real numbers in the state of one, even. steps: the smallest and
+            largest d.
 
     Raises ValueError for sizes and steps that do not fit.
     """
@@ -41,7 +44,11 @@ class DiagonalSSM(nn.Module):
         rate = torch.complex(-wide(self.log_rate).exp(), wide(self.frequency))
         exponent = wide(self.log_step).exp().unsqueeze(1) * rate
         # exp(z) - 1 without cancelling for small steps: 2 exp(z / 2) sinh(z / 2).
-        return exponent, 2 * (exponent / 2).exp() * (exponent / 2).sinh() / rate, torch.view_as_complex(wide(self.read))
+        return (
+            exponent,
+            2 * (exponent / 2).exp() * (exponent / 2).sinh() / rate,
+            torch.view_as_complex(wide(self.read)),
+        )
 
     def kernel(self, n: int) -> Tensor:
         """`[C, n]`: what y reads of an input k steps later."""
@@ -57,18 +64,23 @@ class DiagonalSSM(nn.Module):
         """`2 Re(sum of weights * p^t)` for t below n, `[B, C, n]`."""
         spans = -(-n // SPAN)
         within = (exponent.unsqueeze(2) * torch.arange(min(n, SPAN), device=exponent.device)).exp()
-        between = (exponent.unsqueeze(1) * (SPAN * torch.arange(spans, device=exponent.device)).unsqueeze(1)).exp()
+        between = (
+            exponent.unsqueeze(1) * (SPAN * torch.arange(spans, device=exponent.device)).unsqueeze(1)
+        ).exp()
         return 2 * ((weights.unsqueeze(2) * between) @ within).real.flatten(2)[..., :n]
 
     def to_state(self, u: Tensor, state: Tensor | None, lengths: Tensor) -> Tensor:
-        """The state after inputs `u [B, C, N]`, of which the last `lengths [B]` count (others are 0): `[B, C, S / 2]`."""
+        """The state after inputs `u [B, C, N]`, of which the last `lengths [B]` count (others are 0): `[B, C,
+        S / 2]`."""
         exponent, write, _ = self._parts()
         n = u.shape[2]
         spans = -(-n // SPAN)
         u = nn.functional.pad(wide(u), (spans * SPAN - n, 0)).unflatten(2, (spans, SPAN)).to(exponent.dtype)
         back = torch.arange(SPAN - 1, -1, -1, device=u.device)
         within = (exponent.unsqueeze(1) * back.unsqueeze(1)).exp()  # [c, span, s]
-        between = (exponent.unsqueeze(1) * (SPAN * torch.arange(spans - 1, -1, -1, device=u.device)).unsqueeze(1)).exp()
+        between = (
+            exponent.unsqueeze(1) * (SPAN * torch.arange(spans - 1, -1, -1, device=u.device)).unsqueeze(1)
+        ).exp()
         made = write * ((u @ within) * between).sum(2)
         if state is None:
             return made

@@ -7,22 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FrequencySparsity:
-    """Frequencies that are left out of a circular convolution (FlashFFTConv, Fu et al., 2023, arXiv 2311.05908).
+    """Frequencies that are left out of a circular convolution (FlashFFTConv, Fu et al., 2023, arXiv
+    2311.05908).
 
-    The paper lays the N frequencies of a kernel out as a matrix and leaves blocks of it out of both transforms. Of
-    frequency `f = r + rows * c`, r is the row and c the column here. The kernel's other frequencies count as 0, for
-    real outputs f and N - f alike; the convolution is else what it was.
+    The paper lays the N frequencies of a kernel out as a matrix and leaves blocks of it out of both
+    transforms. Of frequency `f = r + rows * c`, r is the row and c the column here. The kernel's other
+    frequencies count as 0, for real outputs f and N - f alike; the convolution is else what it was.
 
     Args:
         rows: of the matrix, a divisor of N. kept: those that count; with r also `(rows - r) % rows`.
         band: the share of the lowest frequencies that count: `min(f, N - f) <= band * N / 2`, in (0, 1].
 
-    Rows save time on every engine but `torch`; a band leaves columns out, which saves time on engine `monarch` alone:
-    a radix-4 transform costs nearly as much with a part of its last outputs.
+    Rows save time on every engine but `torch`; a band leaves columns out, which saves time on engine
+    `monarch` alone: a radix-4 transform costs nearly as much with a part of its last outputs.
 
-    Differs from the paper in that rows and columns are those of the discrete Fourier transform itself, not of the
-    order a GPU kernel holds it in, and that real outputs stay real by construction. Raises ValueError for rows and
-    bands that do not fit.
+    Differs from the paper in that rows and columns are those of the discrete Fourier transform itself, not of
+    the order a GPU kernel holds it in, and that real outputs stay real by construction. Raises ValueError for
+    rows and bands that do not fit.
     """
 
     rows: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,15 @@ class DiagonalState(Carried):
 class H3(Mixer):
     """Hungry hungry hippos (Fu et al., 2022, arXiv 2212.14052): `q * diagonal(shift(k) * v)`.
 
-    A shift state space is a short learned kernel over the keys, which can hold a token back until the next one
-    comes; its product with the values passes a diagonal state space, which remembers, and queries choose what of it
-    is let out. In training both are convolutions with the states' kernels; a sequence may be split anywhere, down to
-    single tokens, as the states are handed on.
+    A shift state space is a short learned kernel over the keys, which can hold a token back until the next
+    one comes; its product with the values passes a diagonal state space, which remembers, and queries choose
+    what of it is let out. In training both are convolutions with the states' kernels; a sequence may be split
+    anywhere, down to single tokens, as the states are handed on.
 
     Args:
-        width: of the inputs. states: of a channel's diagonal state space, even. shift: states of the shift, how many
-            tokens it holds. head: channels of a head, in which every key meets every value and queries add up.
+        width: of the inputs. states: of a channel's diagonal state space, even. shift: states of the shift,
+            how many tokens it holds. head: channels of a head, in which every key meets every value and
+            queries add up.
         steps: the smallest and largest step that channels begin with.
 
     Raises ValueError for sizes that do not fit.
@@ -73,7 +75,7 @@ class H3(Mixer):
         self.skip = nn.Parameter(torch.randn(self.heads))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, state: H3State | None = None, *, mask=None, cu_seqlens=None):
+    def forward(self, x: Tensor, state=None, *, mask=None, cu_seqlens=None):
         return _in_lines(self._mix, x, state, mask, cu_seqlens)
 
     def _mix(self, x: Tensor, state: H3State | None, real: Tensor | None, lengths: Tensor):
@@ -108,7 +110,7 @@ class S4D(Mixer):
         self.skip = nn.Parameter(torch.randn(width))
         self.out = nn.Linear(width, 2 * width)
 
-    def forward(self, x: Tensor, state: DiagonalState | None = None, *, mask=None, cu_seqlens=None):
+    def forward(self, x: Tensor, state=None, *, mask=None, cu_seqlens=None):
         return _in_lines(self._mix, x, state, mask, cu_seqlens)
 
     def _mix(self, x: Tensor, state: DiagonalState | None, real: Tensor | None, lengths: Tensor):
@@ -147,7 +149,7 @@ def _diagonal(
     if real is not None:  # projections of nothing are their biases
         u = u.masked_fill(~real.unsqueeze(1), 0)
     kernel = ssm.kernel(max(1, n)).repeat_interleave(copies, 0)
-    y = long_conv(u, kernel, gate_out=gate_out, skip=skip.repeat_interleave(copies))
+    y = cast(Tensor, long_conv(u, kernel, gate_out=gate_out, skip=skip.repeat_interleave(copies)))
     split = (b * copies, channels // copies)  # copies beside the batch, as one state space serves them all
 
     def apart(z: Tensor) -> Tensor:

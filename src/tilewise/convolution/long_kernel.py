@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise.convolution.api import long_conv
-from tilewise.convolution.state import ConvState
 from tilewise.recurrence.mixer import Mixer, check_width
 from tilewise.recurrence.model import mixer
 
@@ -37,17 +36,19 @@ def smooth(kernel: Tensor, width: int) -> Tensor:
 class LongConv(Mixer):
     """Each channel with a long kernel that is learned tap by tap (Fu et al., 2023, arXiv 2302.06646).
 
-    `out(glu(gelu(conv(x) + skip * x)))`. The kernel is squashed, smoothed, and thinned by dropout before it is used;
-    without any of them such kernels fit noise.
+    `out(glu(gelu(conv(x) + skip * x)))`. The kernel is squashed, smoothed, and thinned by dropout before it
+    is used; without any of them such kernels fit noise.
 
     Args:
-        width: channels. taps: of a kernel; what lies further back is not read. squash: the threshold of `squash`.
+        width: channels. taps: of a kernel; what lies further back is not read. squash: the threshold of
+            `squash`.
         smooth: the width of `smooth`. dropout: share of taps left out in training.
-        decay: kernels start as noise that fades to `exp(-decay)` at their end, at rates from 0 to it by channel
-            ("geometric"); 0 starts all alike ("random").
+        decay: kernels start as noise that fades to `exp(-decay)` at their end, at rates from 0 to it by
+            channel ("geometric"); 0 starts all alike ("random").
 
-    The state is what the kernel still reaches of the past, `taps - 1` tokens. Differs from the paper in one direction
-    only (its classifiers also convolve backwards: see `two_sided_conv`). Raises ValueError for sizes below 1.
+    The state is what the kernel still reaches of the past, `taps - 1` tokens. Differs from the paper in one
+    direction only (its classifiers also convolve backwards: see `two_sided_conv`). Raises ValueError for
+    sizes below 1.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class LongConv(Mixer):
         """As it is used, `[C, K]`."""
         return smooth(squash(self.dropout(self.taps), self.squash), self.smooth)
 
-    def forward(self, x: Tensor, state: ConvState | None = None, *, mask=None, cu_seqlens=None):
+    def forward(self, x: Tensor, state=None, *, mask=None, cu_seqlens=None):
         made, after = long_conv(
-            x.mT, self.kernel(), skip=self.skip, state=state, mask=mask, cu_seqlens=cu_seqlens, return_state=True
+            x.mT, self.kernel(), skip=self.skip, state=state, mask=mask, cu_seqlens=cu_seqlens,
+            return_state=True,
         )  # fmt: skip
         y = F.glu(self.out(F.gelu(made.mT)), dim=-1)
         return (y if mask is None else y.masked_fill(~mask.unsqueeze(2), 0)), after

@@ -18,8 +18,8 @@ class PreparedKernel:
     """A kernel for inference, from `prepare`; `long_conv` takes it as `kernel`.
 
     Attributes:
-        kernel: `[C, K]`. n: the length of sequences it was prepared for; others work, but may compute transforms
-            anew. causal, sparsity: calls must say the same.
+        kernel: `[C, K]`. n: the length of sequences it was prepared for; others work, but may compute
+            transforms anew. causal, sparsity: calls must say the same.
         transform: of the native engine, or None where that cannot run.
     """
 
@@ -49,9 +49,11 @@ def prepare(
     """A fixed kernel with its transform, which `long_conv` then need not compute for every call.
 
     Args:
-        kernel: `[C, K]`, floating. n: length of the sequences, at least 1. causal, sparsity: as for `long_conv`.
+        kernel: `[C, K]`, floating. n: length of the sequences, at least 1. causal, sparsity: as for
+            `long_conv`.
 
-    The transform of a channel is `8 L` bytes, L the next power of 2 of `n + K`. A prepared kernel learns nothing.
+    The transform of a channel is `8 L` bytes, L the next power of 2 of `n + K`. A prepared kernel learns
+    nothing.
     Raises ValueError and TypeError for arguments that do not fit.
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
@@ -60,7 +62,12 @@ def prepare(
     rows, kept, band = check_sparsity(sparsity, causal, n)
     fixed = kernel.detach().to(torch.float64 if kernel.dtype == torch.float64 else torch.float32)
     call = kernel_op.Call(
-        fixed.new_empty(1, 1, n).expand(1, fixed.shape[0], n), fixed, causal=causal, rows=rows, kept=kept, band=band
+        fixed.new_empty(1, 1, n).expand(1, fixed.shape[0], n),
+        fixed,
+        causal=causal,
+        rows=rows,
+        kept=kept,
+        band=band,
     )
     transform = None if native.refuse(call) else native.prepare(call)
     return PreparedKernel(fixed, n, causal, sparsity, transform)

@@ -20,14 +20,19 @@ def sequences(mask: Tensor | None, offsets: Tensor | None, n: int) -> list[Tenso
 
 
 def by_length(
-    run: Callable[..., Tensor], rows: list[Tensor], parts: list[Tensor | None], before: Tensor | None, exact: bool
+    run: Callable[..., Tensor],
+    rows: list[Tensor],
+    parts: list[Tensor | None],
+    before: Tensor | None,
+    exact: bool,
 ) -> Tensor:
     """`run` over each sequence by itself, those of like length together.
 
     Args:
-        run: of `[s, C, T]` parts and `[s, C, K - 1]` or None, gives `[s, C, T]`. rows: places of each sequence's
-            tokens. parts: `[B, C, N]` each, or None. before: `[S, C, K - 1]` or None.
-        exact: whether a batch takes only sequences of one length; else up to twice the shortest's, zeros behind.
+        run: of `[s, C, T]` parts and `[s, C, K - 1]` or None, gives `[s, C, T]`. rows: places of each
+            sequence's tokens. parts: `[B, C, N]` each, or None. before: `[S, C, K - 1]` or None.
+        exact: whether a batch takes only sequences of one length; else up to twice the shortest's, zeros
+            behind.
 
     Returns `[B, C, N]`, 0 where no sequence has a token.
     """
@@ -45,8 +50,8 @@ def by_length(
         longest = max(len(rows[i]) for i in group)
         places = torch.zeros(len(group), longest, dtype=torch.int64, device=first.device)
         real = torch.zeros_like(places, dtype=torch.bool)
-        for i, own in enumerate(group):
-            places[i, : len(rows[own])], real[i, : len(rows[own])] = rows[own], True
+        for i, sequence in enumerate(group):
+            places[i, : len(rows[sequence])], real[i, : len(rows[sequence])] = rows[sequence], True
 
         def take(part: Tensor | None, places: Tensor = places, real: Tensor = real) -> Tensor | None:
             if part is None:
@@ -61,13 +66,16 @@ def by_length(
 
 
 def last_inputs(u: Tensor, rows: list[Tensor], before: Tensor | None, count: int) -> Tensor:
-    """The last `count` values of each sequence of `u [B, C, N]` behind its `before [S, C, count]`: `[S, C, count]`."""
+    """The last `count` values of each sequence of `u [B, C, N]` behind its `before [S, C, count]`: `[S, C,
+    count]`."""
     flat = u.transpose(0, 1).flatten(1)
     made = []
     for i, own in enumerate(rows):
         recent = flat.index_select(1, own[max(0, len(own) - count) :])
         missing = count - recent.shape[1]
-        front = u.new_zeros(u.shape[1], missing) if before is None else before[i][:, before.shape[2] - missing :]
+        front = (
+            u.new_zeros(u.shape[1], missing) if before is None else before[i][:, before.shape[2] - missing :]
+        )
         made.append(torch.cat((front.to(u.dtype), recent), 1))
     return torch.stack(made) if made else u.new_zeros(0, u.shape[1], count)
 
@@ -77,7 +85,8 @@ class Lines:
     """Sequences of a batch side by side, each from its first token on.
 
     Attributes:
-        places: int64 `[S, T]`, where in the batch each token stands; real: bool `[S, T]`, whether there is one.
+        places: int64 `[S, T]`, where in the batch each token stands; real: bool `[S, T]`, whether there is
+            one.
     """
 
     places: Tensor

@@ -14,8 +14,8 @@ class ConvState(Carried):
     """The past inputs that a kernel still reaches, for training, prefill and decoding alike.
 
     Attributes:
-        inputs: `[S, C, K - 1]` of each of S sequences: gated inputs `gate_in * x`, the oldest first, 0 before the
-            first token. float32, float64 for float64 inputs.
+        inputs: `[S, C, K - 1]` of each of S sequences: gated inputs `gate_in * x`, the oldest first, 0 before
+            the first token. float32, float64 for float64 inputs.
     """
 
     inputs: Tensor

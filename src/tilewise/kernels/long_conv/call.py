@@ -12,8 +12,9 @@ from torch import Tensor
 class Call:
     """A convolution along the last axis, each channel with its own kernel.
 
-    With `u = gate_in * x` and `z_t = sum_k kernel_k u_{t-k}`, the output is `gate_out * (z + skip * u)`. Inputs
-    before the first are `before` where `causal`, and otherwise those at the end: t - k counts modulo N.
+    With `u = gate_in * x` and `z_t = sum_k kernel_k u_{t-k}`, the output is `gate_out * (z + skip * u)`.
+    Inputs before the first are `before` where `causal`, and otherwise those at the end: t - k counts modulo
+    N.
 
     Args:
         x: `[B, C, N]`, any strides. kernel: `[C, K]`, K >= 1.
@@ -21,9 +22,9 @@ class Call:
         before: `[B, C, K - 1]`, earlier values of u, the oldest first; None is zeros. Only where `causal`.
         transform: the kernel's transform as the native engine lays it out, `[C, 2, L]`; None computes it.
         causal: see above.
-        rows, kept, band: which frequencies f of the kernel, of N in all, count: those of `kept` among the classes
-            `f mod rows`, and of them those whose distance to a multiple of N is at most `band * N / 2`. Others
-            count as 0. Only where not `causal`.
+        rows, kept, band: which frequencies f of the kernel, of N in all, count: those of `kept` among the
+            classes `f mod rows`, and of them those whose distance to a multiple of N is at most `band * N /
+            2`. Others count as 0. Only where not `causal`.
 
     x and the gates have one dtype; kernel, skip and before are float32, float64 when x is.
     """

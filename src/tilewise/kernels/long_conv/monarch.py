@@ -1,8 +1,9 @@
 """The monarch engine: the discrete Fourier transform as two products of matrices, any device and dtype.
 
-After FlashFFTConv (Fu et al., 2023, arXiv 2311.05908): numbers are laid out as a matrix `[A, L / A]`, a DFT of length
-A runs along its columns as a matrix product, then factors, then one along its rows. Frequency `r + A c` comes to
-stand in row r and column c, in the same place for inputs and kernel, so nothing is ever put in order. Rows and
+After FlashFFTConv (Fu et al., 2023, arXiv 2311.05908): numbers are laid out as a matrix `[A, L / A]`, a DFT
+of length A runs along its columns as a matrix product, then factors, then one along its rows. Frequency `r +
+A c` comes to stand in row r and column c, in the same place for inputs and kernel, so nothing is ever put in
+order. Rows and
 columns that hold nothing that counts are left out of both matrices: that is what sparsity in frequency saves.
 """
 
@@ -46,7 +47,8 @@ class Monarch:
     """The two matrices of a DFT, and the factors between them, of the rows and columns that are wanted.
 
     Attributes:
-        first: `[rows, A]`. between: `[rows, L / A]`. second: `[L / A, columns]`. frequencies: `[rows, columns]`.
+        first: `[rows, A]`. between: `[rows, L / A]`. second: `[L / A, columns]`. frequencies: `[rows,
+            columns]`.
     """
 
     first: Tensor
@@ -56,7 +58,13 @@ class Monarch:
 
     @classmethod
     def of(
-        cls, length: int, a: int, rows: list[int], columns: list[int], dtype: torch.dtype, device: torch.device
+        cls,
+        length: int,
+        a: int,
+        rows: list[int],
+        columns: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Monarch:
         b = length // a
         r, c = (torch.tensor(one, device=device) for one in (rows, columns))

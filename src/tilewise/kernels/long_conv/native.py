@@ -1,9 +1,10 @@
 """The native engine: C++ for CPUs, compiled on first use (see `tilewise.kernels.building`).
 
-A channel at a time: its kernel is transformed once, then two windows of inputs at a time, as the real and imaginary
-parts of one row, are gated, transformed, multiplied, transformed back, and written with skip and gate in one go. No
-transform is ever put in order, and blocks of frequencies that do not count are not computed. Short kernels and short
-sequences are summed directly. Inputs are float32, bfloat16 or float16; everything is computed in float32.
+A channel at a time: its kernel is transformed once, then two windows of inputs at a time, as the real and
+imaginary parts of one row, are gated, transformed, multiplied, transformed back, and written with skip and
+gate in one go. No transform is ever put in order, and blocks of frequencies that do not count are not
+computed. Short kernels and short sequences are summed directly. Inputs are float32, bfloat16 or float16;
+everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def backward(call: Call, d_out: Tensor, for_kernel: bool) -> op.Gradients:
         return one.new_empty(one.shape) if call.x.numel() else one.new_zeros(one.shape)
 
     d_x, d_kernel, d_gate_in, d_gate_out, d_skip, d_before = map(
-        fresh, (call.x, call.kernel if for_kernel else None, call.gate_in, call.gate_out, call.skip, call.before)
+        fresh,
+        (call.x, call.kernel if for_kernel else None, call.gate_in, call.gate_out, call.skip, call.before),
     )
     made = (d_x, d_kernel, d_gate_in, d_gate_out, d_skip, d_before)
     if call.x.numel():

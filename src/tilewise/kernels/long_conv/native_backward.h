@@ -1,9 +1,10 @@
 // Backward: what the forward pass computed is computed again, for a channel at a time.
 //
-// With U and D the transforms of two windows of inputs and of outputs' gradients (a row each as real and imaginary
-// part) and H that of the kernel: D conj(H) is the transform of the inputs' gradients, U H that of the convolution,
-// which the gradient of gate_out needs, and the real part of what conj(U) D comes from is the sum of both rows'
-// gradients of the kernel. Windows are added up in frequency, so the kernel's gradient costs one way up for all.
+// With U and D the transforms of two windows of inputs and of outputs' gradients (a row each as real and
+// imaginary part) and H that of the kernel: D conj(H) is the transform of the inputs' gradients, U H that of
+// the convolution, which the gradient of gate_out needs, and the real part of what conj(U) D comes from is
+// the sum of both rows' gradients of the kernel. Windows are added up in frequency, so the kernel's gradient
+// costs one way up for all.
 #pragma once
 
 #include "native_forward.h"
@@ -51,8 +52,8 @@ struct Gradients {
     put_row(c.d_gate_out, b, channel, t, n, to);
   }
 
-  // Gradients of x, gate_in, skip and before from those of everything that was read, d_all [lead + N] from the first
-  // window's start on. d_all is changed.
+  // Gradients of x, gate_in, skip and before from those of everything that was read, d_all [lead + N] from
+  // the first window's start on. d_all is changed.
   void inputs(int64_t b, float* d_all, Rooms& rooms) {
     const int64_t n = c.n(), lead = c.lead;
     if (c.d_before) {  // K - 1 of them, which is what is read before the first input
@@ -276,7 +277,8 @@ inline void back_windows(const Conv& c, const Fft& fft, const Counting& counting
   gradients.done();
 }
 
-// The same by sums over the taps: all three gradients are sums of products of two rows, one moved along the other.
+// The same by sums over the taps: all three gradients are sums of products of two rows, one moved along the
+// other.
 inline void back_sums(const Conv& c, int64_t channel) {
   thread_local Buffer memory;
   const int64_t n = c.n(), taps = c.taps, behind = taps - 1, all = n + behind + LANES;

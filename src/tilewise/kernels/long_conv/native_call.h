@@ -1,4 +1,5 @@
-// One call of the long convolution as the native engine sees it, its rows as float32, and kernels' transforms.
+// One call of the long convolution as the native engine sees it, its rows as float32, and kernels'
+// transforms.
 #pragma once
 
 #include "native_fft.h"
@@ -70,7 +71,8 @@ inline void gated(const Conv& c, int64_t b, int64_t channel, int64_t t, int64_t 
   for (int64_t i = 0; i < n; ++i) to[i] = x[i] * g[i];
 }
 
-// What a window covers, from time t on: what was before, or the end of a circular row, then the row, then 0 up to n.
+// What a window covers, from time t on: what was before, or the end of a circular row, then the row, then 0
+// up to n.
 inline void window(const Conv& c, int64_t b, int64_t channel, int64_t t, int64_t n, float* to, Rooms& rooms) {
   int64_t done = 0;
   if (t < 0) {
@@ -125,7 +127,8 @@ struct Counting {
   }
 };
 
-// The transform of a kernel divided by its length, so that a way down and up again changes nothing; places lie together.
+// The transform of a kernel divided by its length, so that a way down and up again changes nothing; places
+// lie together.
 struct Spectrum {
   float *re, *im;
 };
@@ -167,7 +170,8 @@ inline Spectrum spectrum(const Conv& c, const Fft& fft, const Counting& counting
   return made;
 }
 
-// The largest size of the first n numbers of a wave's row, a multiple of LANES; not finite where one of them is not.
+// The largest size of the first n numbers of a wave's row, a multiple of LANES; not finite where one of them
+// is not.
 inline float size_of(const float* x, int64_t n) {
   Floats top{}, wrong{};
   in_chunks(0, n, [&](int64_t at, int64_t, int64_t count) {
@@ -180,8 +184,8 @@ inline float size_of(const float* x, int64_t n) {
   return largest_of(top) + sum_of(wrong);
 }
 
-// to [n] = sums over j < count of filter[j] data[i + j]; data goes on for n + count - 1 numbers. Filters are taken a
-// few at a time, so that no sum of many small numbers is a single chain.
+// to [n] = sums over j < count of filter[j] data[i + j]; data goes on for n + count - 1 numbers. Filters are
+// taken a few at a time, so that no sum of many small numbers is a single chain.
 inline void slide(const float* filter, int64_t count, const float* data, int64_t n, float* to) {
   constexpr int64_t AT_ONCE = 128, WIDE = 4;
   std::memset(to, 0, n * sizeof(float));

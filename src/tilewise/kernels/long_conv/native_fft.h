@@ -1,10 +1,11 @@
 // Complex Fourier transforms for convolutions: in place, and never put in order.
 //
-// A transform goes from natural order to one of digits reversed (decimation in frequency), and back the same way, so a
-// product of two in between needs no permutation. Passes of radix 4 split a block into quarters that are then finished
-// one after the other, product and way back included, so most of the work happens in the nearest cache. The last
-// LANES^2 numbers are a leaf: a DFT of LANES over registers, factors, a transpose, and another DFT over registers; only
-// the transposes move numbers between lanes. Two real rows travel as the real and imaginary parts of one.
+// A transform goes from natural order to one of digits reversed (decimation in frequency), and back the same
+// way, so a product of two in between needs no permutation. Passes of radix 4 split a block into quarters
+// that are then finished one after the other, product and way back included, so most of the work happens in
+// the nearest cache. The last LANES^2 numbers are a leaf: a DFT of LANES over registers, factors, a
+// transpose, and another DFT over registers; only the transposes move numbers between lanes. Two real rows
+// travel as the real and imaginary parts of one.
 #pragma once
 
 #include <map>
@@ -30,8 +31,9 @@ constexpr int64_t digit(int64_t place) { return LANES == 4 ? place : place / (LA
 
 // Tables of factors, made once for each size and kept.
 //
-// For a pass over n numbers: powers 1, 2, 3 (radix 4) or 1 (radix 2) of exp(-2 pi i j / n), n / radix each and a gap,
-// real parts and then imaginary ones. For the leaf (n = LEAF): of register p and lane l, exp(-2 pi i l digit(p) / LEAF).
+// For a pass over n numbers: powers 1, 2, 3 (radix 4) or 1 (radix 2) of exp(-2 pi i j / n), n / radix each
+// and a gap, real parts and then imaginary ones. For the leaf (n = LEAF): of register p and lane l, exp(-2 pi
+// i l digit(p) / LEAF).
 inline const float* factors(int64_t n, int64_t radix) {
   static std::mutex lock;
   static std::map<std::pair<int64_t, int64_t>, std::unique_ptr<float, Free>> made;
@@ -89,7 +91,8 @@ struct Fft {
   }
 };
 
-// ------------------------------------------------------------------------------------------- a leaf in registers
+// ------------------------------------------------------------------------------------------- a leaf in
+// registers
 ALWAYS_INLINE Floats times(Floats x, Floats y, Floats z, Floats w) { return x * y - z * w; }  // x y - z w
 
 // A butterfly of four: forward, or the reverse (times 4).
@@ -117,9 +120,10 @@ constexpr float SIN16[10] = {0.f, -0.38268343236508977f, -0.70710678118654752f, 
                              -0.92387953251128674f, -0.70710678118654752f, -0.38268343236508977f, 0.f,
                              0.38268343236508977f};
 
-// The DFT of LANES numbers in as many registers takes two steps: four registers a column apart meet (`outer`), then
-// those of a column (`inner`); register p ends up with frequency digit(p). The transpose has two such halves as well,
-// so all of a leaf is done by fours of registers, each loaded once for a step of everything.
+// The DFT of LANES numbers in as many registers takes two steps: four registers a column apart meet
+// (`outer`), then those of a column (`inner`); register p ends up with frequency digit(p). The transpose has
+// two such halves as well, so all of a leaf is done by fours of registers, each loaded once for a step of
+// everything.
 constexpr int R = LANES / 4;
 
 template <int STEP, size_t... I>
@@ -261,9 +265,10 @@ struct Leaf {
   }
 };
 
-// ------------------------------------------------------------------------------------------------------- passes
-// Where number i of a row that is transformed lies: behind every 1,024 there is a gap of a line, as numbers that are
-// powers of 2 apart would all want the same few lines of the nearest cache (which took 2.7 times as long).
+// -------------------------------------------------------------------------------------------------------
+// passes Where number i of a row that is transformed lies: behind every 1,024 there is a gap of a line, as
+// numbers that are powers of 2 apart would all want the same few lines of the nearest cache (which took 2.7
+// times as long).
 inline int64_t spot(int64_t i) { return i + i / CHUNK * GAP; }
 
 // Calls work(spot of first, first - from, count) for the parts of from .. from + n - 1 that lie together.
@@ -276,7 +281,8 @@ inline void in_chunks(int64_t from, int64_t n, const Work& work) {
   }
 }
 
-// One pass over n numbers, from place `at` on. `half`: the upper half is 0 going down, and not wanted coming up.
+// One pass over n numbers, from place `at` on. `half`: the upper half is 0 going down, and not wanted coming
+// up.
 template <bool half>
 inline void down4(float* re, float* im, int64_t at, const Level& level) {
   const int64_t q = level.n / 4, part = std::min(q, CHUNK), ld = q + GAP;
@@ -383,9 +389,9 @@ struct Wave {
   static int64_t part(int64_t length) { return round_up(spot(length), CHUNK) + 20 * GAP; }
 };
 
-// Takes DOWN waves down to their leaves, calls leaf(place) there, and the first UP of them back up. The upper half of
-// the waves is 0 (`half_down`) or not wanted (`half_up`). Blocks for which wanted(residue, modulus) is false, of
-// frequencies that are `residue` modulo `modulus`, are left out and count as 0.
+// Takes DOWN waves down to their leaves, calls leaf(place) there, and the first UP of them back up. The upper
+// half of the waves is 0 (`half_down`) or not wanted (`half_up`). Blocks for which wanted(residue, modulus)
+// is false, of frequencies that are `residue` modulo `modulus`, are left out and count as 0.
 template <int DOWN, int UP, typename Wanted, typename Leaf>
 void walk(const Fft& fft, const Wave* waves, bool half_down, bool half_up, const Wanted& wanted, const Leaf& leaf,
           size_t depth = 0, int64_t at = 0, int64_t residue = 0) {

@@ -41,8 +41,8 @@ ALWAYS_INLINE void multiply(Floats* re, Floats* im, const Spectrum& by, int64_t 
 
 // Windows first .. last - 1 of a channel, counted through the rows of the batch, two at a time.
 //
-// Two rows in one transform share its rounding, so that of the smaller would drown in the larger's: it is scaled up by
-// a power of 2. A row that holds an infinity or no number travels alone.
+// Two rows in one transform share its rounding, so that of the smaller would drown in the larger's: it is
+// scaled up by a power of 2. A row that holds an infinity or no number travels alone.
 inline void run_windows(const Conv& c, const Fft& fft, const Counting& counting, int64_t channel, int64_t first, int64_t last) {
   thread_local Buffer memory;
   Rooms rooms(CHUNK);

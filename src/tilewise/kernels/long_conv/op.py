@@ -41,13 +41,11 @@ def run(call: Call, engine: str) -> Tensor:
 @torch.library.custom_op("tilewise::long_conv", mutates_args=())
 def long_conv(
     x: Tensor, kernel: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, skip: Tensor | None,
-    before: Tensor | None, transform: Tensor | None, causal: bool, rows: int, kept: Sequence[int], band: float,
-    engine: str,
+    before: Tensor | None, transform: Tensor | None, causal: bool, rows: int, kept: Sequence[int],
+    band: float, engine: str,
 ) -> Tensor:  # fmt: skip
     """`tilewise::long_conv`: outputs of the packed call on the named engine."""
-    call = Call(
-        x, kernel, gate_in, gate_out, skip, before, transform, causal, rows, tuple(kept), band
-    )
+    call = Call(x, kernel, gate_in, gate_out, skip, before, transform, causal, rows, tuple(kept), band)
     return IMPLEMENTATIONS[engine].forward(call)
 
 
@@ -73,9 +71,7 @@ def long_conv_backward(
 
 
 @long_conv_backward.register_fake
-def _(
-    d_out, x, kernel, gate_in, gate_out, skip, before, causal, rows, kept, band, engine, for_kernel
-):
+def _(d_out, x, kernel, gate_in, gate_out, skip, before, causal, rows, kept, band, engine, for_kernel):
     given = (kernel if for_kernel else None, gate_in, gate_out, skip, before)
     others = (x.new_empty(0) if one is None else one.new_empty(one.shape) for one in given)
     return (x.new_empty(x.shape), *others)

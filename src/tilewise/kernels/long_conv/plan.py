@@ -13,8 +13,8 @@ from tilewise.kernels.long_conv.call import Call
 class Plan:
     """A cut of a call into overlapping windows (overlap-save).
 
-    Window m covers the inputs from `m * step - lead` on, `length` of them, and gives the outputs from `m * step`
-    on, `step` of them; the first `lead` of what its transform gives back are spoilt by the wrap.
+    Window m covers the inputs from `m * step - lead` on, `length` of them, and gives the outputs from `m *
+    step` on, `step` of them; the first `lead` of what its transform gives back are spoilt by the wrap.
 
     Attributes:
         length: of a transform; 0 where sums are taken directly. taps: of the kernel, that can be reached.
@@ -47,8 +47,8 @@ def plan(
 
     Args:
         shortest: transform there is; others are powers of 2 times it. exact: whether there is one of a length
-            for a circular convolution in one piece. direct: what a product of a tap costs of a number's stage; 0
-            never sums directly. rows: of the batch that one transform works on.
+            for a circular convolution in one piece. direct: what a product of a tap costs of a number's
+            stage; 0 never sums directly. rows: of the batch that one transform works on.
         length: take this one, whatever it costs (a prepared kernel's).
     """
     n, taps, b = call.x.shape[2], call.taps, call.x.shape[0]

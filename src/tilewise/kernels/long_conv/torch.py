@@ -1,6 +1,7 @@
 """The torch engine: `torch.fft` over windows, any device and dtype, temporaries bounded.
 
-It keeps its inputs alone for the backward pass, which computes transforms again; windows follow the kernel's length.
+It keeps its inputs alone for the backward pass, which computes transforms again; windows follow the kernel's
+length.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Forward and backward of the long convolution over windows, by any transform that turns it into a product."""
+"""Forward and backward of the long convolution over windows, by any transform that turns it into a
+product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class Transform:
     """A transform by which circular convolution is a product of numbers.
 
     Attributes:
-        forward: real `[..., L]` to complex numbers. inverse: the reverse, for L. counts: those numbers that count,
-            from bool `[L]` by frequency to the shape of a transform.
+        forward: real `[..., L]` to complex numbers. inverse: the reverse, for L. counts: those numbers that
+            count, from bool `[L]` by frequency to the shape of a transform.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -37,7 +38,13 @@ def forward(call: Call, plan: Plan, transform: Transform) -> Tensor:
         return out
     for part, to in _parts(call, plan):
         u = _gated(part)
-        z = _read(transform.inverse(_windows(part, plan, u, transform) * _kernel(part, plan, transform), plan.length), plan, part)
+        z = _read(
+            transform.inverse(
+                _windows(part, plan, u, transform) * _kernel(part, plan, transform), plan.length
+            ),
+            plan,
+            part,
+        )
         if part.skip is not None:
             z = z + part.skip.unsqueeze(1) * u
         out[:, to] = z if part.gate_out is None else z * part.gate_out
@@ -68,7 +75,9 @@ def backward(call: Call, plan: Plan, transform: Transform, d_out: Tensor, for_ke
             d_z = d_z * part.gate_out
         written = transform.forward(_spread(d_z, plan))
         if d_taps is not None and read is not None:
-            d_taps[to] = transform.inverse(_summed(part, plan, read.conj() * written, transform), plan.length)[..., : plan.taps]
+            d_taps[to] = transform.inverse(
+                _summed(part, plan, read.conj() * written, transform), plan.length
+            )[..., : plan.taps]
         d_all = _overlapped(transform.inverse(written * kernel.conj(), plan.length), plan)
         d_u = _of_inputs(d_all, plan, part)
         if d_before is not None:
@@ -91,12 +100,14 @@ def _parts(call: Call, plan: Plan) -> Iterator[tuple[Call, slice]]:
     size = max(1, AT_ONCE // max(1, b * plan.windows(n) * plan.length))
     for start in range(0, channels, size):
         at = slice(start, start + size)
-        given = {
-            name: None if part is None else part[:, at]
-            for name, part in (("gate_in", call.gate_in), ("gate_out", call.gate_out), ("before", call.before))
-        }
+        gate_in, gate_out, before = (
+            None if part is None else part[:, at] for part in (call.gate_in, call.gate_out, call.before)
+        )
         skip = None if call.skip is None else call.skip[at]
-        yield replace(call, x=call.x[:, at], kernel=call.kernel[at], skip=skip, **given), at
+        yield Call(
+            call.x[:, at], call.kernel[at], gate_in, gate_out, skip, before, None, call.causal, call.rows,
+            call.kept, call.band,
+        ), at  # fmt: skip
 
 
 def _gated(call: Call) -> Tensor:
