@@ -37,9 +37,9 @@ def run(call: Call) -> Tensor:
     return op.run(call, "monarch")
 
 
-def factor(n: int) -> int:
-    """The largest divisor of n up to its root."""
-    return max(a for a in range(1, math.isqrt(n) + 1) if n % a == 0)
+def factor(n: int, most: int | None = None) -> int:
+    """The largest divisor of n up to `most`; None is its root."""
+    return max(a for a in range(1, (math.isqrt(n) if most is None else most) + 1) if n % a == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +106,8 @@ def matrices(call: Call, length: int) -> Monarch:
     complex_dtype = torch.complex128 if call.wide == torch.float64 else torch.complex64
     if not call.sparse:
         return _whole(length, complex_dtype, call.x.device)
-    a = call.rows if call.rows > 1 else factor(length)
-    rows = sorted(call.kept) if call.rows > 1 else list(range(a))
+    a = call.rows * factor(length // call.rows, max(1, math.isqrt(length) // call.rows))
+    rows = [r for r in range(a) if r % call.rows in call.kept]
     grid = call.counts().view(length // a, a).T[rows]  # [rows, columns]
     return Monarch.of(length, a, rows, grid.any(0).nonzero().flatten().tolist(), complex_dtype, call.x.device)
 
@@ -122,7 +122,7 @@ def _plan(call: Call) -> Plan:
     def exact(n: int) -> bool:
         return call.sparse or n // factor(n) <= max(64, UNEVEN * factor(n))
 
-    return plan(call, shortest=16, exact=exact)
+    return plan(call, shortest=64, exact=exact)
 
 
 def _forward(call: Call) -> Tensor:
