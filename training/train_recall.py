@@ -97,14 +97,8 @@ def two_of_mamba(**options) -> ModelConfig:
     return ModelConfig(16, 32, ("mamba", "mamba"), {"mamba": options}, hidden=0)
 
 
-def two(mixer: str, vocabulary: int, **options) -> ModelConfig:
-    """Two layers of width 32 with channel mixers."""
-    return ModelConfig(vocabulary, 32, (mixer, mixer), {mixer: options}, hidden=64)
-
-
 RETOLD = tuple(pairs(count, writes=2) for count in (4, 8, 16))
 EASIER = (pairs(1, writes=2), pairs(2, writes=2), *RETOLD)
-ONCE = tuple(pairs(count, vocabulary=64) for count in (1, 2, 4, 8))
 RESETS = (forgetting(4, 1), forgetting(8, 2), forgetting(14, 4))
 
 COPYING = (copying(8, 2), copying(16, 4), copying(32, 8), copying(48, 8))
@@ -120,10 +114,6 @@ RUNS: dict[str, Run] = {
     "invariant-copying": Run(two_of_mamba(selective=False), COPYING, 2000),
     "mamba-induction": Run(two_of_mamba(), INDUCING, 2000),
     "invariant-induction": Run(two_of_mamba(selective=False), INDUCING, 2000),
-    "h3-induction": Run(two("h3", 16, states=32, shift=8), INDUCING[:3], 1200),
-    "s4d-induction": Run(two("s4d", 16, states=32), INDUCING[:3], 1200),
-    "h3-recall": Run(two("h3", 64, states=32, shift=8), ONCE, 1500),
-    "s4d-recall": Run(two("s4d", 64, states=32), ONCE, 1500),
 }
 
 

@@ -315,7 +315,7 @@ def test_compiled_whole_with_few_recompilations(engine, monkeypatch):
 
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     for n in (64, 80, 97, 100, 130, 160, 200, 257, 300, 512):
-        call = make(n=n, taps=90)
+        call = make(channels=8, n=n, taps=90)
         given = [getattr(call, name) for name in NAMES[:5]]
         assert torch.equal(compiled(*given), run(*given))
     assert counter.frame_count <= 2

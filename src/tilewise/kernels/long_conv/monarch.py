@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -93,8 +92,10 @@ class Monarch:
         return (made * self.between) @ self.second
 
     def inverse(self, made: Tensor, length: int) -> Tensor:
-        rows = (made @ self.second.mH) * self.between.conj()
-        return (self.first.mH @ rows).real.flatten(-2) / length
+        # Conjugates are made, not marked: marks are lost where a compiled graph calls the operator.
+        first, between, second = (part.conj_physical() for part in (self.first, self.between, self.second))
+        rows = (made @ second.mT) * between
+        return (first.mT @ rows).real.flatten(-2) / length
 
     def transform(self) -> Transform:
         """As windows want it."""
@@ -112,7 +113,6 @@ def matrices(call: Call, length: int) -> Monarch:
     return Monarch.of(length, a, rows, grid.any(0).nonzero().flatten().tolist(), complex_dtype, call.x.device)
 
 
-@lru_cache(maxsize=8)
 def _whole(length: int, dtype: torch.dtype, device: torch.device) -> Monarch:
     a = factor(length)
     return Monarch.of(length, a, list(range(a)), list(range(length // a)), dtype, device)

@@ -76,9 +76,9 @@ def backward(call: Call, plan: Plan, transform: Transform, d_out: Tensor, for_ke
         written = transform.forward(_spread(d_z, plan))
         if d_taps is not None and read is not None:
             d_taps[to] = transform.inverse(
-                _summed(part, plan, read.conj() * written, transform), plan.length
+                _summed(part, plan, read.conj_physical() * written, transform), plan.length
             )[..., : plan.taps]
-        d_all = _overlapped(transform.inverse(written * kernel.conj(), plan.length), plan)
+        d_all = _overlapped(transform.inverse(written * kernel.conj_physical(), plan.length), plan)
         d_u = _of_inputs(d_all, plan, part)
         if d_before is not None:
             d_before[:, to] = d_all[..., : plan.lead]
