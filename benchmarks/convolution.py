@@ -142,7 +142,8 @@ def trained(run: Callable[..., Tensor], **given: Tensor) -> tuple[Tensor, ...]:
 
 
 def sparse(lengths: list[int]) -> list[harness.Row]:
-    """A quarter of the frequencies, of circular convolutions without gates and a kernel that stays as it is."""
+    """A quarter of the frequencies, of circular convolutions without gates and a kernel that stays as it
+    is."""
     rows = []
     for n in lengths:
         given = tensors(n)

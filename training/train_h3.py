@@ -3,9 +3,10 @@
     python training/train_h3.py            # both, half a minute of one core
     python training/train_h3.py h3-recall  # this
 
-One thread, fixed seeds: the same machine and version of PyTorch give the same weights. Both see the same sequences in
-the same order, with one recipe: two pairs for the first quarter, then four. What is shipped is float16 and says its
-configuration.
+One thread, fixed seeds: the same machine and version of PyTorch give the same weights. Both see the same
+sequences in
+the same order, with one recipe: two pairs for the first quarter, then four. What is shipped is float16 and
+says its configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tilewise.recurrence import ModelConfig, SequenceModel
 
 STEPS, RATE, EXAMPLES, VOCABULARY = 400, 8e-3, 64, 32
 HELD_OUT = 10**6  # seeds of the test begin below
-# One layer each; the diagonal state space has eight times the states of H3's, as its channels are not multiplied.
+# One layer each; the diagonal state space has eight times the states of H3's, as its channels are not
+# multiplied.
 MIXERS = {"h3-recall": ("h3", {"states": 8, "shift": 4, "head": 8}), "s4d-recall": ("s4d", {"states": 64})}
 
 

@@ -94,8 +94,8 @@ def recalling(seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.evidence
 def test_h3_recalls_what_a_diagonal_state_space_does_not():
-    """Values of four keys, a layer of each and one recipe of training; fresh sequences. Without its keys, a model can
-    only name one of the four values that it saw."""
+    """Values of four keys, a layer of each and one recipe of training; fresh sequences. Without its keys, a
+    model can only name one of the four values that it saw."""
     with_products, alone = (marks(trained(name), recalling) for name in ("h3-recall", "s4d-recall"))
     found = said(h3=with_products, s4d=alone)
     assert with_products.min() > 0.95 and alone.max() < 0.35, found
@@ -114,8 +114,8 @@ def test_the_shift_is_what_recalls():
 
 @pytest.mark.evidence
 def test_recall_from_states_is_that_of_the_whole():
-    """Pairs read first, questions later one by one: the two small states hold all of it; without them nothing is
-    known."""
+    """Pairs read first, questions later one by one: the two small states hold all of it; without them nothing
+    is known."""
     model = trained("h3-recall")
     tokens, targets = recalling(7)
     with torch.no_grad():
