@@ -31,6 +31,8 @@ class LearnedButterfly(nn.Module):
     fit.
     """
 
+    frequencies: Tensor
+
     def __init__(
         self,
         channels: int,
