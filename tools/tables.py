@@ -3,10 +3,10 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-attention`, `bench-recurrence` and `bench-transforms` from benchmarks/results, as do `precision`,
-`adaptive` and `selection`;
-`video` from what training/train_video.py measured; `counts` and `left-out` from the package itself. With --check
-nothing is written: exit code 1 names the pages that are out of date.
+`bench-attention`, `bench-recurrence`, `bench-transforms`, `bench-convolution` and `memory-convolution` from
+benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from what training/train_video.py measured;
+`counts` and `left-out` from the package itself. With --check nothing is written: exit code 1 names the pages that
+are out of date.
 """
 
 from __future__ import annotations
@@ -85,6 +85,20 @@ def bench_table(path: Path) -> str:
     machine = run["machine"]
     where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
     return f"{table}\n\nMedians of paired rounds (20th to 80th percentile) on {where}, {run['created'][:10]}."
+
+
+def memory_table(path: Path) -> str:
+    """What a training step of a recorded benchmark holds at once."""
+    if not path.exists():
+        return "*No run is recorded yet.*"
+    held = json.loads(path.read_text(encoding="utf-8"))["memory"]
+    body = []
+    for n in dict.fromkeys(row["n"] for row in held):
+        mine = [row for row in held if row["n"] == n]
+        for row in mine:
+            share = row["bytes"] / mine[0]["bytes"]
+            body.append([f"N={n:,}", row["provider"], f"{row['bytes'] / 1e6:,.0f}", f"{share:.2f}"])
+    return rows(["training", "by", "MB", "of the first"], body)
 
 
 def precision_tables(path: Path) -> tuple[str, str]:
@@ -238,6 +252,8 @@ def main(arguments: Sequence[str]) -> int:
         "bench-attention": bench,
         "bench-recurrence": bench_table(ROOT / "benchmarks/results/recurrence.json"),
         "bench-transforms": bench_table(ROOT / "benchmarks/results/transforms.json"),
+        "bench-convolution": bench_table(ROOT / "benchmarks/results/convolution.json"),
+        "memory-convolution": memory_table(ROOT / "benchmarks/results/convolution.json"),
         "counts": counts(),
         "left-out": left_out_table(),
         "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tilewise import attention, recurrence, tiles
+from tilewise import attention, convolution, recurrence, tiles
 from tilewise.attention import attend, explain
 from tilewise.version import __version__
 
@@ -21,4 +21,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["__version__", "attend", "attention", "explain", "patch", "recurrence", "register", "tiles"]
+__all__ = [
+    "__version__",
+    "attend",
+    "attention",
+    "convolution",
+    "explain",
+    "patch",
+    "recurrence",
+    "register",
+    "tiles",
+]

@@ -56,7 +56,7 @@ def _paper(key: str, entry: dict[str, Any]) -> Paper:
         )
     for name in names:
         wanted = _TYPES.get(name, str)
-        if type(entry[name]) is not wanted or not entry[name]:
+        if type(entry[name]) is not wanted or (wanted is not int and not entry[name]):
             raise ValueError(f"papers.toml [{key}]: {name} = {entry[name]!r} should be a {wanted.__name__}")
     return Paper(key=key, **{**entry, "evidence": tuple(entry["evidence"])})
 
