@@ -1,0 +1,28 @@
+"""Convolution: long filters and spectral mixers."""
+
+from tilewise.convolution.divided import divided_exp
+from tilewise.convolution.gaunt import (
+    GauntTensorProduct,
+    from_fourier,
+    gaunt_product,
+    gaunt_table,
+    real_3j,
+    real_harmonics,
+    to_fourier,
+    wigner_3j,
+)
+from tilewise.convolution.meshes import SimplexNUFT, simplex_nuft
+
+__all__ = [
+    "GauntTensorProduct",
+    "SimplexNUFT",
+    "divided_exp",
+    "from_fourier",
+    "gaunt_product",
+    "gaunt_table",
+    "real_3j",
+    "real_harmonics",
+    "simplex_nuft",
+    "to_fourier",
+    "wigner_3j",
+]
