@@ -1,6 +1,8 @@
 """Convolution: long filters and spectral mixers."""
 
+from tilewise.convolution.aff import AFF, AFFBlock, AFFNet
 from tilewise.convolution.divided import divided_exp
+from tilewise.convolution.fourier_vlm import Compressed, FourierVLM
 from tilewise.convolution.gaunt import (
     GauntTensorProduct,
     from_fourier,
@@ -14,6 +16,11 @@ from tilewise.convolution.gaunt import (
 from tilewise.convolution.meshes import SimplexNUFT, simplex_nuft
 
 __all__ = [
+    "AFF",
+    "AFFBlock",
+    "AFFNet",
+    "Compressed",
+    "FourierVLM",
     "GauntTensorProduct",
     "SimplexNUFT",
     "divided_exp",

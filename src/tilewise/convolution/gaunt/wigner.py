@@ -54,8 +54,9 @@ def _to_real(degree: int) -> Tensor:
     made[degree, degree] = 1
     for m in range(1, degree + 1):
         half, sign = math.sqrt(0.5), (-1) ** m
-        made[degree + m, degree + m], made[degree + m, degree - m] = sign * half, half
-        made[degree - m, degree + m], made[degree - m, degree - m] = -1j * sign * half, 1j * half
+        rows = torch.tensor([[half, sign * half], [1j * half, -1j * sign * half]], dtype=torch.complex128)
+        plus, minus = degree + m, degree - m
+        made[plus, minus], made[plus, plus], made[minus, minus], made[minus, plus] = rows.flatten()
     return made
 
 
