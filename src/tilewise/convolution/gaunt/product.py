@@ -35,8 +35,8 @@ def gaunt_product(*factors: Tensor, degree: int | None = None, engine: str = "au
         degree: the highest degree of the result; None for the whole product, the sum of all L_i.
         engine: how the torus is walked. "fft": Fourier coefficients, two Fourier transforms, as the paper has
             it. "matrix": the same transforms as matrix products over half the torus, the rest being its
-            mirror image. "auto": "matrix", which was the faster one at every degree up to 40 on the CPUs
-            measured.
+            mirror image. "auto": "matrix", which was the faster one at every degree up to 10 on the CPU
+            measured (docs/spectral.md).
 
     Returns `[..., (degree + 1)^2]`: what `gaunt_table` contracted with two factors gives, in `O(L^3)`
     operations in place of the `O(L^6)` of the table. Differentiable.
