@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tilewise.convolution import NSTR
 
-WEIGHTS = Path(__file__).parent / "weights"
 SIDE = 128
 IMAGES = ("camera", "coffee")
 
@@ -112,13 +109,6 @@ TRANSPORT = {"nstr": 1e-3}  # weight of the regulariser, of those that have one
 
 def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def load(name: str, image: str) -> nn.Module:
-    model = NETWORKS[name]()
-    found = load_file(WEIGHTS / f"field-{image}-{name}.safetensors")
-    model.load_state_dict({key: x.float() for key, x in found.items()})
-    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

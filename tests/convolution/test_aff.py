@@ -1,10 +1,10 @@
-"""Adaptive frequency filters: the convolution that they are, and a small network of them."""
+"""Adaptive frequency filters: the convolution that they are, their block and network."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tilewise.convolution import AFF, AFFBlock, AFFNet
 
@@ -99,53 +99,6 @@ def test_block_and_network():
             p.add_(0.2 * torch.randn_like(p))
     net(pixels).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-
-
-class Apart(nn.Module):
-    """No mixer at all."""
-
-    def forward(self, x: Tensor, grid: object) -> Tensor:
-        return torch.zeros_like(x)
-
-
-def meeting(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures of 16 x 16 with two bright squares of two kinds far apart: are they of one kind?"""
-    gen = torch.Generator().manual_seed(seed)
-    kinds = torch.randint(2, (count, 2), generator=gen)
-    stamps = torch.tensor([[[1.0, 1, 1], [1, 0, 1], [1, 1, 1]], [[1, 0, 1], [0, 1, 0], [1, 0, 1]]])
-    pixels = 0.1 * torch.randn(count, 1, 16, 16, generator=gen)
-    places = torch.randint(5, (count, 2, 2), generator=gen)
-    places[:, 1] += 8
-    index, rows = torch.arange(count).view(-1, 1, 1), torch.arange(3)
-    for which in (0, 1):
-        y = places[:, which, 0].view(-1, 1, 1) + rows.view(1, -1, 1)
-        x = places[:, which, 1].view(-1, 1, 1) + rows.view(1, 1, -1)
-        pixels[index, 0, y, x] += stamps[kinds[:, which]]
-    return pixels, (kinds[:, 0] == kinds[:, 1]).long()
-
-
-@pytest.mark.evidence
-def test_a_network_learns_what_needs_far_places_together():
-    """Two stamps at least five pixels apart: alike or not. Trained for a few seconds with one block before
-    any mean is taken; control: the same network without the mixer, whose 3 x 3 windows never see both."""
-    found = {}
-    for name in ("aff", "apart"):
-        torch.manual_seed(0)
-        net = AFFNet(2, 1, width=16, depths=(2,), patch=2, groups=2)
-        if name == "apart":
-            for block in net.stages[0]:
-                block.mixer = Apart()
-        optimizer = torch.optim.AdamW(net.parameters(), 5e-3)
-        for step in range(400):
-            pixels, labels = meeting(64, step)
-            loss = nn.functional.cross_entropy(net(pixels), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            pixels, labels = meeting(1000, 1 << 20)
-            found[name] = float((net(pixels).argmax(1) == labels).float().mean())
-    assert found["aff"] > found["apart"] + 0.1, found
 
 
 def test_what_does_not_fit_is_said():

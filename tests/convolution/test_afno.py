@@ -1,4 +1,4 @@
-"""AFNO: its formula, its sparsity, what does not depend on the resolution, and a flow learned with it."""
+"""AFNO: its formula, its sparsity, and what does not depend on the resolution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.convolution import operators
 from tilewise.convolution import AFNO
 
 
@@ -109,20 +108,6 @@ def test_a_threshold_makes_modes_sparse():
             whole = mixed
         assert torch.equal(mixed != 0, whole.abs() > threshold)
     assert shares[0] == 0 and all(b > a for a, b in zip(shares, shares[1:])) and shares[-1] > 0.5, shares
-
-
-@pytest.mark.evidence
-def test_a_flow_is_learned_with_it_and_not_without():
-    """Vorticity after a time, on fresh fields from the solver (training/train_operators.py): the network with
-    AFNO as its mixer, against the same with none, wider to make up for the parameters, whose patches see
-    themselves alone."""
-    sizes = {
-        name: sum(p.numel() for p in operators.OPERATORS[name]().parameters())
-        for name in ("afno", "afno-none")
-    }
-    assert sizes["afno-none"] > 0.9 * sizes["afno"], sizes
-    found = {name: operators.error(operators.load(name)) for name in sizes}
-    assert found["afno"] < 0.5 * found["afno-none"], found
 
 
 def test_shapes_dtypes_and_what_does_not_fit():

@@ -33,7 +33,9 @@ def lost(x: Tensor, again: Tensor) -> float:
 def pooled(x: Tensor) -> Tensor:
     """Means of 3 x 3 tokens, drawn as large again in whichever way loses least."""
     small = F.avg_pool2d(x.mT.unflatten(2, GRID), GRID[0] // KEPT[0])
-    ways = [{"mode": "nearest"}] + [{"mode": mode, "align_corners": False} for mode in ("bilinear", "bicubic")]
+    ways = [{"mode": "nearest"}] + [
+        {"mode": mode, "align_corners": False} for mode in ("bilinear", "bicubic")
+    ]
     drawn = [F.interpolate(small, size=GRID, **way).flatten(2).mT for way in ways]
     return min(drawn, key=lambda again: lost(x, again))
 

@@ -139,11 +139,7 @@ def test_rasterising_first_aliases_and_this_does_not():
             field = layer(vertices, simplices)
             kept = torch.fft.rfft2(field, norm="forward")[: size // 2, : size // 2]
             waves = layer.waves(vertices)[: size // 2, : size // 2]
-            want = sum(
-                quadrature(vertices[corners], 2 * math.pi * wave, 40).conj().conj()
-                for corners in simplices
-                for wave in [waves[1, 2]]
-            )
+            want = sum(quadrature(vertices[corners], 2 * math.pi * waves[1, 2], 40) for corners in simplices)
             exact = simplex_nuft(vertices, simplices, 2 * math.pi * waves)
             assert (exact[1, 2] - want).abs() < 1e-12
             assert (kept - exact).abs().max() < 1e-13
@@ -153,7 +149,7 @@ def test_rasterising_first_aliases_and_this_does_not():
             drawn = torch.fft.rfft2(inside.view(size, size), norm="forward")[: size // 2, : size // 2]
             drawn = drawn * torch.polar(torch.ones_like(waves[..., 0]), -math.pi * waves.sum(-1) / size)
             missed = (drawn - exact).norm() / exact.norm()
-            assert missed > 0.01, (size, missed)
+            assert missed > 0.05, (size, missed)
 
 
 def _inside(places: Tensor, corners: Tensor) -> Tensor:

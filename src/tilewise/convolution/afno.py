@@ -57,7 +57,7 @@ class AFNO(nn.Module):
             return x
         z = to_modes(laid_out(x, sides), self.norm)
         kept = [places.to(x.device) for places in kept_modes(sides, self.modes)]
-        index = (slice(None), *torch.meshgrid(*kept, indexing="ij"))
+        index: tuple[slice | Tensor, ...] = (slice(None), *torch.meshgrid(*kept, indexing="ij"))
         mixed = z.new_zeros(z.shape)
         mixed[index] = self.network(z[index])
         return from_modes(mixed, sides, self.norm).reshape(x.shape).to(x.dtype)
