@@ -3,10 +3,10 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-attention`, `bench-recurrence`, `bench-transforms`, `bench-convolution` and `memory-convolution` from
-benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from what training/train_video.py measured;
-`counts` and `left-out` from the package itself. With --check nothing is written: exit code 1 names the pages that
-are out of date.
+`bench-attention`, `bench-recurrence`, `bench-transforms`, `bench-gaunt`, `bench-convolution` and
+`memory-convolution` from benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from what
+training/train_video.py measured; `counts` and `left-out` from the package itself. With --check nothing is written:
+exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -254,6 +254,7 @@ def main(arguments: Sequence[str]) -> int:
         "bench-transforms": bench_table(ROOT / "benchmarks/results/transforms.json"),
         "bench-convolution": bench_table(ROOT / "benchmarks/results/convolution.json"),
         "memory-convolution": memory_table(ROOT / "benchmarks/results/convolution.json"),
+        "bench-gaunt": bench_table(ROOT / "benchmarks/results/gaunt.json"),
         "counts": counts(),
         "left-out": left_out_table(),
         "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),

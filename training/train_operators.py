@@ -1,0 +1,65 @@
+"""Trains the small operators of tests/convolution on flows (`navier_stokes.py`), a file of weights for each.
+
+`python training/train_operators.py [NAME ...]` solves for 800 fields (about half a minute of one core), writes
+tests/convolution/weights/operator-NAME.safetensors and prints what was found; each takes up to a minute more.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.convolution import operators  # noqa: E402
+from training.navier_stokes import pairs  # noqa: E402
+
+FIELDS, STEPS, BATCH, RATE = 800, 1500, 32, 3e-3
+
+
+def symmetric(gen: torch.Generator, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A shift along the force's crests leaves the equation as it is: one more field for nothing."""
+    by = int(torch.randint(x.shape[-1], (1,), generator=gen))
+    return x.roll((by, -by), (2, 3)), y.roll((by, -by), (2, 3))
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    operators.WEIGHTS.mkdir(exist_ok=True)
+    begun = time.process_time()
+    fields, later = pairs(FIELDS, 0)
+    print(f"{FIELDS} fields in {time.process_time() - begun:.0f} s", flush=True)
+    for name in names or operators.OPERATORS:
+        torch.manual_seed(0)
+        gen = torch.Generator().manual_seed(0)
+        model = operators.OPERATORS[name]()
+        size = sum(p.numel() for p in model.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.1)
+        begun = time.process_time()
+        for step in range(STEPS):
+            chosen = torch.randint(FIELDS, (BATCH,), generator=gen)
+            x, y = symmetric(gen, fields[chosen], later[chosen])
+            loss = operators.relative(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % 500 == 0:
+                spent = time.process_time() - begun
+                print(f"  {name} {step + 1}: {loss.item():.4f}, {spent:.0f} s", flush=True)
+        path = operators.WEIGHTS / f"operator-{name}.safetensors"
+        save_file({key: x.detach().half().contiguous() for key, x in model.state_dict().items()}, path)
+        path.chmod(0o644)
+        found = operators.error(operators.load(name))
+        print(f"{name}: {size} parameters, error of fresh fields {found:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
