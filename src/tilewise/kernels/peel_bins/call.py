@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -41,7 +40,8 @@ class Call:
     rounds: int
 
 
-class Peeled(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Peeled:
     """Places int64 `[found]`, rising, and values float64; whether all bins are allowed; rounds it took."""
 
     index: Tensor
