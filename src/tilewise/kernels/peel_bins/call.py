@@ -19,7 +19,7 @@ class Call:
 
     In a round every bin with more than `allowed` in it (mean square over offsets) is decoded. With a
     decoder's place the coefficient is the mean v over offsets with its signs taken off; it is alone if what
-    it leaves of the bin is allowed, and `P v^2 > 12 allowed`, some five deviations of a mean of noise. The
+    it leaves of the bin is allowed, and `P v^2 > 16 allowed`, some five deviations of a mean of noise. The
     first decoder that finds one alone is believed. All that are found in a round, each as the mean of what
     the groups say in which it is, are then taken out of all groups. Rounds go on until one finds nothing. A
     place whose values have added up to less than that, which was found by mistake and taken back, is left

@@ -41,7 +41,7 @@ def _power(seen: list[float]) -> float:
 
 
 def _counts(call: Call, value: float) -> bool:
-    return call.left.shape[1] * value * value > 12 * call.allowed
+    return call.left.shape[1] * value * value > 16 * call.allowed
 
 
 def _odd(bits: int) -> int:
