@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,12 +17,13 @@ class Call:
     first b are the bits of j, the others say whether what is seen at the offsets `chosen[c, t]` is negative.
     Bit n of the result is the sign of X.
 
-    In a round every bin with more than `allowed` in it (mean square over offsets) is decoded. With a decoder's
-    place the coefficient is the mean v over offsets with its signs taken off; it is alone if what it leaves of the
-    bin is allowed, and `P v^2 > 12 allowed`, some five deviations of a mean of noise. The first decoder that finds one
-    alone is believed. All that are found in a round, each as the mean of what the groups say in which it is, are then
-    taken out of all groups. Rounds go on until one finds nothing. A place whose values have added up to less than
-    that, which was found by mistake and taken back, is left out.
+    In a round every bin with more than `allowed` in it (mean square over offsets) is decoded. With a
+    decoder's place the coefficient is the mean v over offsets with its signs taken off; it is alone if what
+    it leaves of the bin is allowed, and `P v^2 > 16 allowed`, some five deviations of a mean of noise. The
+    first decoder that finds one alone is believed. All that are found in a round, each as the mean of what
+    the groups say in which it is, are then taken out of all groups. Rounds go on until one finds nothing. A
+    place whose values have added up to less than that, which was found by mistake and taken back, is left
+    out.
 
     Args:
         left: what is seen, float64 `[C, P, B]`, B = 2^b. hashes: int64 `[C, b]`. offsets: int64 `[C, P]`.
@@ -41,7 +41,8 @@ class Call:
     rounds: int
 
 
-class Peeled(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Peeled:
     """Places int64 `[found]`, rising, and values float64; whether all bins are allowed; rounds it took."""
 
     index: Tensor

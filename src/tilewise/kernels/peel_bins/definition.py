@@ -32,9 +32,8 @@ def run(call: Call) -> Peeled:
             _take_out(call, left, place, value)
     explained = all(_power(seen) <= call.allowed for bins in left for seen in bins)
     places = [place for place in sorted(totals) if _counts(call, totals[place])]
-    index = torch.tensor(places, dtype=torch.int64)
-    value = torch.tensor([totals[place] for place in places], dtype=torch.float64)
-    return Peeled(index, value, explained, taken)
+    sums = torch.tensor([totals[place] for place in places], dtype=torch.float64)
+    return Peeled(torch.tensor(places, dtype=torch.int64), sums, explained, taken)
 
 
 def _power(seen: list[float]) -> float:
@@ -42,7 +41,7 @@ def _power(seen: list[float]) -> float:
 
 
 def _counts(call: Call, value: float) -> bool:
-    return call.left.shape[1] * value * value > 12 * call.allowed
+    return call.left.shape[1] * value * value > 16 * call.allowed
 
 
 def _odd(bits: int) -> int:

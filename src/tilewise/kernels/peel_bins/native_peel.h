@@ -98,7 +98,7 @@ class Peel {
     return x;
   }
 
-  bool counts(double value) const { return c_.offsets * value * value > 12 * allowed_; }
+  bool counts(double value) const { return c_.offsets * value * value > 16 * allowed_; }
 
   double power(int64_t at) {
     return sum_over(bin(at), [](double x) { return x * x; }) / c_.offsets;

@@ -31,7 +31,7 @@ def run(call: Call) -> Peeled:
         values.append(value)
     explained = not any(bool(group.active().any()) for group in groups)
     index, value = _by_place(indices, values, mean=False)
-    kept = call.left.shape[1] * value.square() > 12 * call.allowed
+    kept = call.left.shape[1] * value.square() > 16 * call.allowed
     return Peeled(index[kept], value[kept], explained, taken)
 
 
@@ -59,7 +59,7 @@ class _Group:
         turned = 1 - 2 * (self.offsets @ places).remainder(2)  # [T, P, bins]
         value = (turned * left).mean(1)  # [T, bins]
         rest = (left - turned * value.unsqueeze(1)).square().mean(1)
-        alone = (rest <= self.allowed) & (len(left) * value.square() > 12 * self.allowed)
+        alone = (rest <= self.allowed) & (len(left) * value.square() > 16 * self.allowed)
         first = (alone & (alone.cumsum(0) == 1)).double()
         index, value = _number((places * first.unsqueeze(1)).sum(0).T), (value * first).sum(0)
         found = alone.any(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -189,7 +190,9 @@ def _solve(made: Butterfly, target: Tensor, most: int = 128, rounds: int = 10) -
     flat = (torch.view_as_real(like) if like.is_complex() else like).detach().flatten().clone()
     error = residual(flat)
     for _ in range(rounds):
-        slopes = torch.func.jacfwd(residual)(flat)
+        with warnings.catch_warnings():  # its first use scripts functions of PyTorch's, which it deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            slopes = torch.func.jacfwd(residual)(flat)
         normal = slopes.mT @ slopes
         normal.diagonal().add_(1e-10 * normal.diagonal().mean())
         moved = flat - torch.linalg.solve(normal, slopes.mT @ error)

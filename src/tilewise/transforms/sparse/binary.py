@@ -47,7 +47,8 @@ def independent(start: Sequence[int], candidates: Iterable[int], size: int) -> l
 
 def random_rows(count: int, size: int, source: random.Random) -> list[int]:
     """Independent random rows of `size` bits; `count <= size`."""
-    basis, rows = Basis(), []
+    basis = Basis()
+    rows: list[int] = []
     while len(rows) < count:
         row = source.getrandbits(size)
         if basis.add(row):
