@@ -29,9 +29,9 @@ class ProductKernel(ABC):
     def __init__(
         self,
         dim: int,
-        smoothness: int | Sequence[int],
-        weights: float | Sequence[float] | Tensor,
-        scale: float | Tensor,
+        smoothness: int | Sequence[int] = 2,
+        weights: float | Sequence[float] | Tensor = 1.0,
+        scale: float | Tensor = 1.0,
     ) -> None:
         whole_number("dim", dim, 1)
         each = [smoothness] * dim if isinstance(smoothness, int) else list(smoothness)
