@@ -1,11 +1,11 @@
-"""Quasi-Monte Carlo side by side: points against SciPy, QMCPy and PyTorch, fast Gram solves against QMCPy's and a
-dense Cholesky factor.
+"""Quasi-Monte Carlo side by side: points against SciPy, QMCPy and PyTorch, fast Gram solves against QMCPy's
+and a dense Cholesky factor.
 
     python benchmarks/qmc.py [--quick] [points scrambled solve growth fit]
 
-Everything is float64. Points are made from the construction of the sequence on, with a seed, as a user would; a rate is
-million coordinates a second. Solves start from points on QMCPy's side and from nothing on ours, and end with the
-solution. Packages that are not there are said and left out.
+Everything is float64. Points are made from the construction of the sequence on, with a seed, as a user
+would; a rate is million coordinates a second. Solves start from points on QMCPy's side and from nothing on
+ours, and end with the solution. Packages that are not there are said and left out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ def race(setting: str, own: Contenders, others: Contenders, numbers: int, rounds
 
 def of_scipy(kind: str, dim: int, n: int, **given: object) -> Contenders:
     found = package("scipy.stats.qmc")
-    return {} if found is None else {"scipy": lambda: getattr(found, kind)(dim, rng=next(SEEDS), **given).random(n)}
+    return (
+        {}
+        if found is None
+        else {"scipy": lambda: getattr(found, kind)(dim, rng=next(SEEDS), **given).random(n)}
+    )
 
 
 def of_qmcpy(kind: str, dim: int, n: int, **given: object) -> Contenders:
@@ -167,7 +171,9 @@ def solve(quick: bool) -> list[harness.Row]:
         sequence = Lattice(dim, seed=7) if kind == "SI" else DigitalNet(dim, seed=7)
         matrix = Gram(family(dim, 2, weights), sequence, most, noise=NOISE).dense()
         dense: Contenders = {
-            "dense cholesky": lambda matrix=matrix: torch.cholesky_solve(few[:, None], torch.linalg.cholesky(matrix)),
+            "dense cholesky": lambda matrix=matrix: torch.cholesky_solve(
+                few[:, None], torch.linalg.cholesky(matrix)
+            ),
             "tilewise": partial(fast, kind, most, dim, few),
         }
         rows += harness.race(f"{kind} solve, n={most:,}, d={dim}", dense, {}, 2)
@@ -199,7 +205,9 @@ def fit(quick: bool) -> list[harness.Row]:
             gp = FastGP(DigitallyShiftInvariant(4), DigitalNet(4, seed=7), n)
         return gp.fit(gp.x.prod(-1).sin(), steps=20)
 
-    return harness.race(f"process fitted, n={n:,}, d=4", {kind: partial(run, kind) for kind in ("SI", "DSI")}, {}, 3)
+    return harness.race(
+        f"process fitted, n={n:,}, d=4", {kind: partial(run, kind) for kind in ("SI", "DSI")}, {}, 3
+    )
 
 
 SECTIONS = {"points": points, "scrambled": scrambled, "solve": solve, "growth": growth, "fit": fit}
@@ -213,7 +221,12 @@ def main() -> int:
     chosen = options.sections or list(SECTIONS)
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    tests = ("tests/transforms/test_qmc_points.py", "tests/transforms/test_qmc_kernels.py", "-m", "not evidence")
+    tests = (
+        "tests/transforms/test_qmc_points.py",
+        "tests/transforms/test_qmc_kernels.py",
+        "-m",
+        "not evidence",
+    )
     if not options.quick and not harness.tests_pass(*tests):
         print("the tests of points and kernels fail: no figures")
         return 1

@@ -1,4 +1,5 @@
-"""Writes src/tilewise/transforms/qmc/lattice_vector.py: the default generating vector of lattices (half a minute)."""
+"""Writes src/tilewise/transforms/qmc/lattice_vector.py: the default generating vector of lattices (half a
+minute)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ DIMENSIONS, LOG2_POINTS = 256, 20
 
 def main() -> None:
     vector = search_lattice(DIMENSIONS, LOG2_POINTS)
-    numbers = textwrap.fill(", ".join(map(str, vector)) + ",", 108, initial_indent="    ", subsequent_indent="    ")
+    numbers = textwrap.fill(
+        ", ".join(map(str, vector)) + ",", 108, initial_indent="    ", subsequent_indent="    "
+    )
     TARGET.write_text(
         '"""The default generating vector; written by tools/make_lattice.py."""\n\n'
         f"LOG2_POINTS = {LOG2_POINTS}\n# fmt: off\nVECTOR = (\n{numbers}\n)\n# fmt: on\n",

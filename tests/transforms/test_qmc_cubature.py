@@ -41,13 +41,15 @@ def keister(x: Tensor) -> Tensor:
 
 
 def keister_integral(dim: int) -> float:
-    """By the radius alone, r^(d-1) cos(r) e^(-r^2) on a fine grid (the trapezoid rule, exact to rounding here)."""
+    """By the radius alone, r^(d-1) cos(r) e^(-r^2) on a fine grid (the trapezoid rule, exact to rounding
+    here)."""
     r = torch.linspace(0, 12, 200_001, dtype=torch.float64)
     inner = torch.trapezoid(r ** (dim - 1) * r.cos() * (-(r**2)).exp(), r).item()
     return 2 * math.pi ** (dim / 2) / math.gamma(dim / 2) * inner
 
 
-# ------------------------------------------------------------------------------------------------------- convergence
+# -------------------------------------------------------------------------------------------------------
+# convergence
 
 EXPONENTS = range(6, 14)
 
@@ -111,7 +113,8 @@ def test_lattices_gain_from_periodic_functions():
 
 @pytest.mark.evidence
 def test_the_default_lattice_is_better_than_one_of_random_numbers():
-    """Its vector's worst-case error in 16 dimensions at every size, against the median of random odd vectors."""
+    """Its vector's worst-case error in 16 dimensions at every size, against the median of random odd
+    vectors."""
     dim = 16
     gamma = 1.0 / torch.arange(1, dim + 1).double() ** 2
 
@@ -127,7 +130,8 @@ def test_the_default_lattice_is_better_than_one_of_random_numbers():
         assert worst_case(own, n) < 0.8 * random[5]
 
 
-# ---------------------------------------------------------------------------------------------------------- to a tolerance
+# ----------------------------------------------------------------------------------------------------------
+# to a tolerance
 
 SEQUENCES = {
     "lattice": lambda dim, **given: Lattice(dim, **given),
@@ -138,8 +142,8 @@ SEQUENCES = {
 @pytest.mark.evidence
 @pytest.mark.parametrize("kind", ["lattice", "net", "replications"])
 def test_true_errors_stay_within_the_tolerance(kind):
-    """300 integrals: three integrands, 100 seeds. At least 95 % are within the tolerance, at fewer points than random
-    ones would need; with the tolerance ignored, a fixed 256 points, most are not."""
+    """300 integrals: three integrands, 100 seeds. At least 95 % are within the tolerance, at fewer points
+    than random ones would need; with the tolerance ignored, a fixed 256 points, most are not."""
     settings = [
         (product, 1.0, {"tolerance": 1e-4}, 4, None),
         (peak, PEAK**3, {"tolerance": 0.0, "relative": 2e-4}, 3, None),
@@ -222,7 +226,7 @@ def test_student_quantiles(confidence, freedom, want):
     assert abs(two_sided_t(confidence, freedom) - want) < 1e-5 * want
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
+# --------------------------------------------------------------------------- measures
 
 
 def test_normal_variables_have_their_moments():
@@ -241,7 +245,9 @@ def test_normal_variables_have_their_moments():
 def test_a_box():
     x = Uniform([-1.0, 2.0], [1.0, 5.0])(torch.tensor([[0.0, 0.0], [0.5, 0.5]]))
     assert torch.equal(x, torch.tensor([[-1.0, 2.0], [0.0, 3.5]]))
-    found = integrate(lambda x: x[..., 1] ** 2, DigitalNet(2, seed=1), measure=Uniform(0.0, 3.0), tolerance=1e-5)
+    found = integrate(
+        lambda x: x[..., 1] ** 2, DigitalNet(2, seed=1), measure=Uniform(0.0, 3.0), tolerance=1e-5
+    )
     assert abs(found.value - 3) < 1e-5
 
 
@@ -254,7 +260,11 @@ def test_a_box():
         (lambda: integrate(product, DigitalNet(2), first=100), ValueError, "nearest are 64 and 128"),
         (lambda: integrate(product, DigitalNet(2), most=128), ValueError, "most must be at least first=256"),
         (lambda: integrate(product, DigitalNet(2), first=16), ValueError, "first must be at least 32"),
-        (lambda: integrate(product, DigitalNet(2), periodize="baker"), ValueError, "periodize must be None or one"),
+        (
+            lambda: integrate(product, DigitalNet(2), periodize="baker"),
+            ValueError,
+            "periodize must be None or one",
+        ),
         (lambda: integrate(product, Halton(2)), ValueError, "sequence must have replications"),
         (lambda: integrate(product, DigitalNet(2, randomize="nus")), ValueError, "must have replications"),
         (lambda: integrate(product, DigitalNet(2, order="gray")), ValueError, "must have replications"),

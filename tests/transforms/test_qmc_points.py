@@ -35,7 +35,8 @@ def make(kind: str, how: str | None, dim: int = 3, **given) -> PointSequence:
     return DigitalNet(dim, interlace=2 if kind == "higher-order net" else 1, **given)
 
 
-# Joe and Kuo's numbers of dimensions 2 to 7: degree of the primitive polynomial, its inner coefficients, first m.
+# Joe and Kuo's numbers of dimensions 2 to 7: degree of the primitive polynomial, its inner coefficients,
+# first m.
 JOE_KUO = [
     (1, 0, [1]),
     (2, 1, [1, 3]),
@@ -201,11 +202,13 @@ def test_seeds_and_replications(kind, how):
     assert torch.equal(make(kind, how, seed=None).points(8), first)
 
 
-# ---------------------------------------------------------------------------------------- what is kept and what is not
+# --------------------------------------------------------------------------- what is kept and
+# what is not
 
 
 def shares_hold(x: Tensor, cuts: list[int]) -> bool:
-    """Whether each box of a grid of `cuts` boxes along the first coordinates holds as many points as any other."""
+    """Whether each box of a grid of `cuts` boxes along the first coordinates holds as many points as any
+    other."""
     place = torch.zeros(len(x), dtype=torch.int64)
     boxes = 1
     for j, count in enumerate(cuts):
@@ -217,7 +220,8 @@ def shares_hold(x: Tensor, cuts: list[int]) -> bool:
 @pytest.mark.evidence
 @pytest.mark.parametrize(("kind", "how"), [k for k in KINDS if k[0] != "lattice"])
 def test_every_elementary_interval_holds_its_points(kind, how):
-    """Sobol's first two coordinates are a (0, m, 2)-net for every m; so they are under each randomisation."""
+    """Sobol's first two coordinates are a (0, m, 2)-net for every m; so they are under each
+    randomisation."""
     copies = None if how is None else 4
     sequence = make(kind, how, dim=2, replications=copies)
     if kind == "halton":  # boxes of 2^a x 3^b hold one of 2^a 3^b consecutive points each
@@ -256,7 +260,8 @@ def test_each_point_is_uniform_and_means_are_unbiased(kind, how):
 @pytest.mark.evidence
 @pytest.mark.parametrize(("kind", "how"), RANDOM)
 def test_replications_are_independent(kind, how):
-    """Errors of 400 pairs of neighbours are uncorrelated, as are points; those of pairs of equal seeds are one."""
+    """Errors of 400 pairs of neighbours are uncorrelated, as are points; those of pairs of equal seeds are
+    one."""
     x = make(kind, how, dim=2, replications=800).points(16)
     error = x.square().prod(-1).mean(-1) - 1 / 9
     for values in (error, x[:, 3, 1]):
@@ -269,13 +274,16 @@ def test_replications_are_independent(kind, how):
 @pytest.mark.evidence
 @pytest.mark.parametrize("kind", ["net", "halton"])
 def test_nested_scrambling_permutes_below_each_node_on_its_own(kind):
-    """Digits that two points share first stay shared; the next ones differ, and do so independently from node to node."""
+    """Digits that two points share first stay shared; the next ones differ, and do so independently from
+    node to node."""
     copies, n = 2000, 8
     j, base = (0, 2) if kind == "net" else (1, 3)
     plain = make(kind, None, dim=2).points(n)[:, j]
     x = make(kind, "nus", dim=2, replications=copies).points(n)[:, :, j]
     for a, b in itertools.combinations(range(n), 2):
-        level = next(k for k in range(9) if (a - b) % base ** (k + 1))  # radical inverses: the last digits come first
+        level = next(
+            k for k in range(9) if (a - b) % base ** (k + 1)
+        )  # radical inverses: the last digits come first
         assert torch.equal((x[:, a] * base**level).long(), (x[:, b] * base**level).long())
         assert ((x[:, a] * base ** (level + 1)).long() != (x[:, b] * base ** (level + 1)).long()).all()
     if kind == "halton":
@@ -320,7 +328,8 @@ def test_the_default_vector_is_the_search_of_its_script():
     assert len(set(Lattice(256).vector.tolist())) > 200
 
 
-# -------------------------------------------------------------------------------------------------------- wrong input
+# --------------------------------------------------------------------------------------------------------
+# wrong input
 
 
 @pytest.mark.parametrize(
@@ -348,7 +357,11 @@ def test_the_default_vector_is_the_search_of_its_script():
         (lambda: DigitalNet(3, columns=torch.ones(2, 4).long(), digits=4), ValueError, "at most 2"),
         (lambda: DigitalNet(1, columns=torch.ones(2, 4), digits=4), TypeError, "int64 tensor"),
         (lambda: DigitalNet(1, columns=torch.ones(2, 4).long()), ValueError, "digits must say"),
-        (lambda: DigitalNet(1, columns=torch.ones(2, 4).long() << 4, digits=4), ValueError, "numbers of 4 digits"),
+        (
+            lambda: DigitalNet(1, columns=torch.ones(2, 4).long() << 4, digits=4),
+            ValueError,
+            "numbers of 4 digits",
+        ),
         (lambda: DigitalNet(1, columns=torch.ones(2, 4).long(), digits=53), ValueError, "at most 52"),
         (lambda: Lattice(257), ValueError, "at most 256, the numbers that the table has"),
         (lambda: Lattice(3, vector=[1, 3]), ValueError, "at most 2, the numbers that vector has"),

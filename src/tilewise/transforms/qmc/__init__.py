@@ -1,4 +1,5 @@
-"""Quasi-Monte Carlo: low-discrepancy points, their randomisations, fast kernel methods and adaptive cubature."""
+"""Quasi-Monte Carlo: low-discrepancy points, their randomisations, fast kernel methods and adaptive
+cubature."""
 
 from tilewise.transforms.qmc.cubature import Estimate, integrate
 from tilewise.transforms.qmc.gaussian_process import FastGP

@@ -21,10 +21,11 @@ LAG = 4  # the error is read from coefficients this many octaves below the highe
 
 @dataclass(frozen=True)
 class Estimate:
-    """An integral: `value`, a bound on its `error`, the `n` evaluations it took, and whether the tolerance was met.
+    """An integral: `value`, a bound on its `error`, the `n` evaluations it took, and whether the tolerance
+    was met.
 
-    `in_cone` is False where coefficients were seen that contradict what the bound assumes: the value may then be further
-    off than `error` says.
+    `in_cone` is False where coefficients were seen that contradict what the bound assumes: the value may
+    then be further off than `error` says.
     """
 
     value: float
@@ -48,23 +49,27 @@ def integrate(
 ) -> Estimate:
     """The mean of f over the unit cube, or of a variable made from it, to a tolerance.
 
-    The number of points is doubled from `first` on, and none is evaluated twice, until the error is estimated to be at
-    most `max(tolerance, relative |value|)`. Two estimates:
+    The number of points is doubled from `first` on, and none is evaluated twice, until the error is
+    estimated to be at most `max(tolerance, relative |value|)`. Two estimates:
 
-    - a sequence with replications (2 and more): every replication gives an unbiased value, and the error is the
+    - a sequence with replications (2 and more): every replication gives an unbiased value, and the error is
+    the
       half-width of Student's interval of their mean at `confidence` (any sequence that is randomised);
-    - a `Lattice` or `DigitalNet` without replications: the Fourier or Walsh coefficients that n points give are put in an
+    - a `Lattice` or `DigitalNet` without replications: the Fourier or Walsh coefficients that n points give
+    are put in an
       order in which they fall, and those 16 times below the highest bound what is left out (Hickernell and
-      Jimenez Rugama, 2016). The bound holds for all integrands whose coefficients fall steadily, in a cone of functions,
-      and `in_cone` tells where they were seen not to. A fifth of the evaluations of the other, or fewer.
+      Jimenez Rugama, 2016). The bound holds for all integrands whose coefficients fall steadily, in a cone
+      of functions, and `in_cone` tells where they were seen not to. A fifth of the evaluations of the
+      other, or fewer.
 
     Args:
         f: takes points `[..., n, dim]` and gives `[..., n]`.
-        sequence: the points; for coefficients of order "bit-reversed" (lattices) or "natural" (nets), not scrambled by
-            "nus".
+        sequence: the points; for coefficients of order "bit-reversed" (lattices) or "natural" (nets), not
+            scrambled by "nus".
         tolerance: absolute, >= 0.
         relative: to the integral's absolute value, 0 to less than 1; one of the two must be above 0.
-        measure: `Uniform`, `Normal` or any function from the cube's points to those of f. None: the cube itself.
+        measure: `Uniform`, `Normal` or any function from the cube's points to those of f. None: the cube
+            itself.
         periodize: "tent" or "sine" make a smooth f periodic, which lattices want; None leaves it.
         confidence: of the interval, with replications.
         first, most: numbers of points, powers of two; `most` of one replication.
@@ -73,10 +78,11 @@ def integrate(
         An `Estimate`; where `most` points did not do, it says so in `converged`.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, values of f that are not finite or not of the points' shape.
+        ValueError, TypeError: arguments that do not fit, values of f that are not finite or not of the
+            points' shape.
 
-    After CubQMCRepStudentT, CubQMCLatticeG and CubQMCNetG of QMCPy (Sorokin, 2025, arXiv 2502.14256); the order of the
-    coefficients is found anew at each doubling.
+    After CubQMCRepStudentT, CubQMCLatticeG and CubQMCNetG of QMCPy (Sorokin, 2025, arXiv 2502.14256); the
+    order of the coefficients is found anew at each doubling.
     """
     _check(tolerance, relative, periodize)
     m, last = power_of_two("first", first), power_of_two("most", most)
@@ -97,7 +103,8 @@ def integrate(
         allowed = [max(tolerance, relative * abs(end)) for end in (low, high)]
         done = high - low <= sum(allowed)
         if done or m == last:
-            # Where the tolerance depends on the value, the middle of what it allows rather than of the interval.
+            # Where the tolerance depends on the value, the middle of what it allows rather than of the
+            # interval.
             middle = 0.5 * (low + high + allowed[0] - allowed[1])
             return Estimate(middle, error, made * sequence.copies, done, bound.in_cone)
         m += 1
@@ -152,7 +159,8 @@ class _Coefficients:
         return self.values.mean().item(), 5 * 2.0**-m * falling[low : 2 * low].sum().item()
 
     def _check_cone(self, falling: Tensor, m: int) -> None:
-        """What sums of coefficients say of the true ones, at this n and before, must be possible at once."""
+        """What sums of coefficients say of the true ones, at this n and before, must be possible at
+        once."""
         for octave in range(self.least, m + 1):
             total = falling[1 << octave - 1 : 1 << octave].sum().item()
             share = 5 * 2.0 ** -(m - octave) / ((1 + 5 * 2.0**-LAG) * 2.0**-LAG) * 2.0 ** -(m - octave)
@@ -164,10 +172,12 @@ class _Coefficients:
 
 
 def _falling(spectrum: Tensor) -> Tensor:
-    """An order of n = 2^m coefficients in which they tend to fall and which keeps the aliases of each apart.
+    """An order of n = 2^m coefficients in which they tend to fall and which keeps the aliases of each
+    apart.
 
-    Coefficients k and k + 2^l look alike on 2^l points. From the highest l down, the larger of each two takes the place of
-    the lower number, and all that alias with them on more points are exchanged as they are.
+    Coefficients k and k + 2^l look alike on 2^l points. From the highest l down, the larger of each two
+    takes the place of the lower number, and all that alias with them on more points are exchanged as they
+    are.
     """
     n = len(spectrum)
     order = torch.arange(n, device=spectrum.device)
@@ -194,7 +204,9 @@ def _values(
     found = f(u if measure is None else measure(u))
     if not isinstance(found, Tensor) or found.shape != u.shape[:-1]:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"f must give a tensor {tuple(u.shape[:-1])} for points {tuple(u.shape)}, got {shape}")
+        raise ValueError(
+            f"f must give a tensor {tuple(u.shape[:-1])} for points {tuple(u.shape)}, got {shape}"
+        )
     found = found.double() * weight
     if not found.isfinite().all():
         raise ValueError("f must be finite at all points, got NaN or infinity")

@@ -1,8 +1,11 @@
-"""Coordinates as whole numbers of 52 binary digits, and random words that depend on a seed and a place alone.
+"""Coordinates as whole numbers of 52 binary digits, and random words that depend on a seed and a place
+alone.
 
-A coordinate x in [0, 1) is kept as the integer x 2^52. float64 holds every such number exactly, so nothing is rounded
-between a generator and the points that a user sees. Random words come from a hash of counters rather than from a
-generator with a state: the same seed gives the same points on every device, from any point on, in any order.
+A coordinate x in [0, 1) is kept as the integer x 2^52. float64 holds every such number exactly, so nothing
+is rounded between a generator and the points that a user sees. Random words come from a hash of counters
+rather than from a
+generator with a state: the same seed gives the same points on every device, from any point on, in any
+order.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ _WORD = (1 << 64) - 1
 
 
 def to_unit(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The points `x 2^-52` of whole numbers of 52 digits; float32 keeps their first 24, so 1 is never reached."""
+    """The points `x 2^-52` of whole numbers of 52 digits; float32 keeps their first 24, so 1 is never
+    reached."""
     if dtype == torch.float64:
         return (x | ONE).view(torch.float64) - 1
     return (x >> BITS - 24).to(dtype) * 2.0**-24
@@ -74,7 +78,10 @@ def words(key: int, shape: Sequence[int], device: torch.device | None = None) ->
 
 def step(node: Tensor, choice: Tensor | int) -> Tensor:
     """The word of a child of each node of a tree of words."""
-    return mix(node + (choice + 1) * _signed(_GOLDEN))
+    moved = choice + 1
+    if isinstance(moved, int):
+        return mix(node + _signed(moved * _GOLDEN & _WORD))
+    return mix(node + moved * _signed(_GOLDEN))
 
 
 def below(bound: int, word: Tensor) -> Tensor:

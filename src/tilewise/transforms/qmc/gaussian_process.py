@@ -19,9 +19,9 @@ CHUNK = 1 << 22  # features held at a time when the process is evaluated elsewhe
 class FastGP(nn.Module):
     """A Gaussian process `f = mean + GP(0, scale k)` seen with noise at the first n points of a sequence.
 
-    Weights of the coordinates and the noise, relative to the scale, are fitted by marginal likelihood; the mean and the
-    scale that are best given those have closed forms and are put in. Each step costs n values of the kernel and one
-    transform, O(n (d + log n)), where a dense Cholesky factor costs O(n^3).
+    Weights of the coordinates and the noise, relative to the scale, are fitted by marginal likelihood; the
+    mean and the scale that are best given those have closed forms and are put in. Each step costs n values
+    of the kernel and one transform, O(n (d + log n)), where a dense Cholesky factor costs O(n^3).
 
     Args:
         kernel: gives smoothness and first weights; its scale is not used.
@@ -44,7 +44,7 @@ class FastGP(nn.Module):
     ) -> None:
         super().__init__()
         if sequence.replications is not None:
-            raise ValueError("sequence must have no replications for a process, got " f"{sequence.replications}")
+            raise ValueError(f"sequence must have no replications for a process, got {sequence.replications}")
         if not 0 < least_noise <= noise:
             raise ValueError(f"noise must be at least least_noise > 0, got {noise} and {least_noise}")
         self.kernel, self.sequence, self.n, self.least_noise = kernel, sequence, n, least_noise
@@ -76,7 +76,8 @@ class FastGP(nn.Module):
         return -0.5 * (self.n * (scale.log() + math.log(2 * math.pi) + 1) + logs)
 
     def fit(self, y: Tensor, *, steps: int = 50) -> FastGP:
-        """Fit weights and noise to values `[n]` at `x` by L-BFGS, and keep the values for what is asked afterwards."""
+        """Fit weights and noise to values `[n]` at `x` by L-BFGS, and keep the values for what is asked
+        afterwards."""
         whole_number("steps", steps, 0)
         y = self._checked(y)
         search = torch.optim.LBFGS(
@@ -96,8 +97,8 @@ class FastGP(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and variances `[q]` of f at points `[q, dim]` in [0, 1); O(n dim) each for the mean, a transform more
-        for the variance."""
+        """Means and variances `[q]` of f at points `[q, dim]` in [0, 1); O(n dim) each for the mean, a
+        transform more for the variance."""
         y, spectrum = self._fitted(), self._spectrum()
         scale = self._terms(y)[0]
         coefficients = self._basis.backward(self._basis.forward(y - y.mean()) / spectrum, self.n)
@@ -115,8 +116,8 @@ class FastGP(nn.Module):
     def integral(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of the integral of f over the unit cube: Bayesian cubature.
 
-        The kernel integrates to 1, so the mean is that of the values; the variance is `scale (1 - n / l)`, with l the
-        eigenvalue of the constant vector, of which l - n is summed so that nothing cancels.
+        The kernel integrates to 1, so the mean is that of the values; the variance is `scale (1 - n / l)`,
+        with l the eigenvalue of the constant vector, of which l - n is summed so that nothing cancels.
         """
         y = self._fitted()
         less_one = torch.zeros(self.n, dtype=torch.float64, device=y.device)

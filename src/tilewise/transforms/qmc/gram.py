@@ -18,20 +18,23 @@ EPS = torch.finfo(torch.float64).eps
 class Gram:
     """The matrix `K = k(x_i, x_j) + noise I` of the first n = 2^m points of a sequence, never formed.
 
-    A shift-invariant kernel at lattice points, numbered as they come ("bit-reversed"), is a circulant matrix whose rows
-    and columns are bit-reversed, so the FFT that takes its input in that order diagonalises it. A digitally
-    shift-invariant kernel at a digital net depends on the exclusive or of two indices alone, so the Walsh-Hadamard
-    transform does. One row of K, n values of the kernel, gives all eigenvalues.
+    A shift-invariant kernel at lattice points, numbered as they come ("bit-reversed"), is a circulant
+    matrix whose rows and columns are bit-reversed, so the FFT that takes its input in that order
+    diagonalises it. A digitally shift-invariant kernel at a digital net depends on the exclusive or of two
+    indices alone, so the Walsh-Hadamard transform does. One row of K, n values of the kernel, gives all
+    eigenvalues.
 
     Args:
         kernel: `ShiftInvariant` with a `Lattice`, `DigitallyShiftInvariant` with a `DigitalNet`.
-        sequence: of the kernel's dimension; a lattice of order "bit-reversed" or "natural", a net of any order. Under
+        sequence: of the kernel's dimension; a lattice of order "bit-reversed" or "natural", a net of any
+            order. Under
             nested uniform scrambling a net is no group any more: that is refused.
         n: a power of two.
         noise: added to the diagonal, >= 0; a tensor is differentiated through.
 
-    Replications of the sequence are matrices of their own: vectors are then `[..., replications, n]`. All is float64.
-    After QMCPy (Sorokin, 2025, arXiv 2502.14256); a real FFT takes the place of its complex one.
+    Replications of the sequence are matrices of their own: vectors are then `[..., replications, n]`. All
+    is float64. After QMCPy (Sorokin, 2025, arXiv 2502.14256); a real FFT takes the place of its complex
+    one.
 
     Raises:
         TypeError, ValueError: pairs that do not fit, n that is no power of two, negative noise.
@@ -76,7 +79,8 @@ class Gram:
         return self.eigenvalues.log().sum(-1)
 
     def dense(self) -> Tensor:
-        """K itself, `[..., n, n]`, from the kernel at every pair of points: what the rest is checked against."""
+        """K itself, `[..., n, n]`, from the kernel at every pair of points: what the rest is checked
+        against."""
         x = self.sequence.integers(0, self.n)
         delta = self.kernel.difference_of_integers(x.unsqueeze(-2), x.unsqueeze(-3))
         full = self.kernel.of_features(self.kernel.features(delta))
@@ -89,14 +93,16 @@ class Gram:
 
 
 class Basis:
-    """The orthonormal basis in which a sequence's Gram matrices are diagonal, and the transforms to it and back."""
+    """The orthonormal basis in which a sequence's Gram matrices are diagonal, and the transforms to it and
+    back."""
 
     def __init__(self, sequence: Lattice | DigitalNet) -> None:
         self.digital = isinstance(sequence, DigitalNet)
         self.order = sequence.order
 
     def forward(self, x: Tensor) -> Tensor:
-        """Coordinates of vectors `[..., n]`; of a lattice's only those of frequencies 0 to n / 2, the rest mirror them."""
+        """Coordinates of vectors `[..., n]`; of a lattice's only those of frequencies 0 to n / 2, the rest
+        mirror them."""
         return fwht(x) if self.digital else rfft(x, order=self.order, norm="ortho")
 
     def backward(self, spectrum: Tensor, n: int) -> Tensor:
@@ -104,24 +110,28 @@ class Basis:
         return fwht(spectrum) if self.digital else irfft(spectrum, n, order=self.order, norm="ortho")
 
     def eigenvalues(self, row: Tensor) -> Tensor:
-        """Of the matrix with this first row, as many as there are coordinates; rounding lets none fall below 0."""
+        """Of the matrix with this first row, as many as there are coordinates; rounding lets none fall
+        below 0."""
         made = self.forward(row)
         return (made if self.digital else made.real).clamp(min=0) * row.shape[-1] ** 0.5
 
 
 def first_features(kernel: ProductKernel, sequence: Lattice | DigitalNet, n: int) -> Tensor:
-    """The kernel's features between the first point and all n, `[..., n, dim]`; raises where the pair has no fast Gram."""
+    """The kernel's features between the first point and all n, `[..., n, dim]`; raises where the pair has
+    no fast Gram."""
     power_of_two("n", n)
     fits = ((ShiftInvariant, Lattice), (DigitallyShiftInvariant, DigitalNet))
     if not any(isinstance(kernel, kind) and isinstance(sequence, points) for kind, points in fits):
         raise TypeError(
-            "kernel and sequence must be ShiftInvariant with Lattice, or DigitallyShiftInvariant with DigitalNet, got"
-            f" {type(kernel).__name__} with {type(sequence).__name__}"
+            "kernel and sequence must be ShiftInvariant with Lattice, or DigitallyShiftInvariant with DigitalNet,"
+            f" got {type(kernel).__name__} with {type(sequence).__name__}"
         )
     if kernel.dim != sequence.dim:
         raise ValueError(f"sequence must have the kernel's dimension {kernel.dim}, got {sequence.dim}")
     if sequence.randomize == "nus":
-        raise ValueError('sequence must not be scrambled by "nus", whose points are no group; "lms" keeps them one')
+        raise ValueError(
+            'sequence must not be scrambled by "nus", whose points are no group; "lms" keeps them one'
+        )
     if sequence.order == "gray" and isinstance(sequence, Lattice):
         raise ValueError('sequence must have order "bit-reversed" or "natural", got "gray"')
     x = sequence.integers(0, n)

@@ -21,10 +21,12 @@ class Halton(PointSequence):
 
     Any number of points and of dimensions; a coordinate has as many digits as 52 bits hold. Randomisations:
 
-    - "permutations": every digit of every coordinate is permuted by a random permutation of its own; the default;
+    - "permutations": every digit of every coordinate is permuted by a random permutation of its own; the
+    default;
     - "digital-shift": every digit is moved by a random amount, modulo the base;
     - "lms": linear matrix scrambling modulo the base, then a digital shift;
-    - "nus": nested uniform scrambling by a hash of the tree's nodes; a point costs about `base` hashes a digit;
+    - "nus": nested uniform scrambling by a hash of the tree's nodes; a point costs about `base` hashes a
+    digit;
     - None: the radical inverses, point 0 is the origin.
 
     Args:
@@ -66,8 +68,13 @@ class Halton(PointSequence):
             out[:, :, j] = x
 
     def _permuted(self, out: Tensor, start: int, base: int, digits: int, j: int) -> Tensor:
-        """Whole numbers of `digits` digits, `[copies, n]`: sums over digits of the index of what each one brings."""
-        make = scrambling.shift_permutations if self.randomize == "digital-shift" else scrambling.digit_permutations
+        """Whole numbers of `digits` digits, `[copies, n]`: sums over digits of the index of what each one
+        brings."""
+        make = (
+            scrambling.shift_permutations
+            if self.randomize == "digital-shift"
+            else scrambling.digit_permutations
+        )
         if self.randomize is None:
             maps = torch.arange(base, device=out.device).expand(1, digits, base)
         else:
@@ -94,7 +101,8 @@ class Halton(PointSequence):
         return (made * _powers(base, digits, out.device)).sum(-1)
 
     def _nus(self, out: Tensor, start: int, base: int, digits: int, j: int) -> Tensor:
-        """The digits in which two of the first 2^32 points can differ by the tree; all below them at random."""
+        """The digits in which two of the first 2^32 points can differ by the tree; all below them at
+        random."""
         levels = min(digits, digits_of(self.max_points, base))
         roots = words(fold(self.seed, TREE, j), (self.copies, 1), out.device)
         index = torch.arange(start, start + out.shape[1], device=out.device)

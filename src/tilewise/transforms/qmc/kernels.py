@@ -1,7 +1,9 @@
-"""Kernels whose values depend on the difference of two points alone: modulo 1, or digit by digit without carry.
+"""Kernels whose values depend on the difference of two points alone: modulo 1, or digit by digit without
+carry.
 
-Both are products over coordinates, `k(x, y) = scale prod_j (1 + weight_j K(x_j - y_j))`, where K has mean 0 over [0, 1),
-so the integral of k over either argument is `scale`. The Gram matrix of such a kernel at the points of a lattice, or of
+Both are products over coordinates, `k(x, y) = scale prod_j (1 + weight_j K(x_j - y_j))`, where K has mean 0
+over [0, 1), so the integral of k over either argument is `scale`. The Gram matrix of such a kernel at the
+points of a lattice, or of
 a digital net, is diagonal in the Fourier, or Walsh, basis: see `Gram`.
 """
 
@@ -23,7 +25,8 @@ from tilewise.transforms.qmc.sequence import whole_number
 class ProductKernel(ABC):
     """Smoothness of each coordinate, weights and scale; tensors among them are differentiated through.
 
-    Calling a kernel broadcasts points `[..., dim]` in [0, 1) against one another and gives `[...]`, float64.
+    Calling a kernel broadcasts points `[..., dim]` in [0, 1) against one another and gives `[...]`,
+    float64.
     """
 
     def __init__(
@@ -92,12 +95,13 @@ class ProductKernel(ABC):
 class ShiftInvariant(ProductKernel):
     """Periodic kernels of Korobov spaces, for lattices.
 
-    With smoothness a, `K(x) = (-1)^(a+1) (2 pi)^(2a) / (2a)! B_2a(x mod 1) = sum over h != 0 of |h|^(-2a) e^(2 pi i h x)`,
-    B the Bernoulli polynomials, in float64.
+    With smoothness a, `K(x) = (-1)^(a+1) (2 pi)^(2a) / (2a)! B_2a(x mod 1) = sum over h != 0 of |h|^(-2a)
+    e^(2 pi i h x)`, B the Bernoulli polynomials, in float64.
 
     Args:
         dim: coordinates.
-        smoothness: a >= 1, one for all or one for each coordinate; functions have a square-integrable derivatives.
+        smoothness: a >= 1, one for all or one for each coordinate; functions have a square-integrable
+            derivatives.
         weights: positive, one for all or one for each.
         scale: positive.
 
@@ -129,7 +133,8 @@ class ShiftInvariant(ProductKernel):
 def bernoulli(n: int) -> tuple[Fraction, ...]:
     """Coefficients c_0 ... c_n of B_2n(x) in powers of y = x (1 - x).
 
-    From B_2n'' = 2n (2n - 1) B_2n-2, where (y^k)'' = k (k - 1) y^(k-2) (1 - 4 y) - 2 k y^(k-1), and from the integral 0.
+    From B_2n'' = 2n (2n - 1) B_2n-2, where (y^k)'' = k (k - 1) y^(k-2) (1 - 4 y) - 2 k y^(k-1), and from
+    the integral 0.
     """
     if n == 0:
         return (Fraction(1),)
@@ -139,7 +144,8 @@ def bernoulli(n: int) -> tuple[Fraction, ...]:
         c[k] = ((k + 1) * k * c[k + 1] - 2 * n * (2 * n - 1) * lower[k - 1]) / (4 * k * (k - 1) + 2 * k)
     # The integral of y^k is (k!)^2 / (2k + 1)!.
     c[0] = -sum(
-        (c[k] * Fraction(math.factorial(k) ** 2, math.factorial(2 * k + 1)) for k in range(1, n + 1)), Fraction(0)
+        (c[k] * Fraction(math.factorial(k) ** 2, math.factorial(2 * k + 1)) for k in range(1, n + 1)),
+        Fraction(0),
     )
     return tuple(c[: n + 1])
 
@@ -147,10 +153,10 @@ def bernoulli(n: int) -> tuple[Fraction, ...]:
 class DigitallyShiftInvariant(ProductKernel):
     """Kernels of Walsh spaces in base 2, for digital nets, orders 1 to 4.
 
-    For order a >= 2, `K(x) = sum over k >= 1 of 2^(-mu(k)) wal_k(x)`, where mu(k) sums the places of the a highest ones of
-    k, counted from 1 (Dick, 2008): functions with a derivatives lie in that space. For order 1 the
-    sum is of `2^(-2 floor(log2 k) - 1) wal_k(x)`. The sums have closed forms (Sorokin, 2025, arXiv 2502.14256), with
-    b = -floor(log2 x) and t_v = 2^(-v b), both 0 at x = 0:
+    For order a >= 2, `K(x) = sum over k >= 1 of 2^(-mu(k)) wal_k(x)`, where mu(k) sums the places of the a
+    highest ones of k, counted from 1 (Dick, 2008): functions with a derivatives lie in that space. For
+    order 1 the sum is of `2^(-2 floor(log2 k) - 1) wal_k(x)`. The sums have closed forms (Sorokin, 2025,
+    arXiv 2502.14256), with b = -floor(log2 x) and t_v = 2^(-v b), both 0 at x = 0:
 
         order 1:  1 - 3 t_1
         order 2:  5/2 (1 - t_1) - b x - 1
@@ -199,5 +205,6 @@ def _eighths(x: Tensor) -> Tensor:
     index = torch.arange(512, device=x.device)
     signs = torch.stack([1 - 2 * (index >> 8 - r & 1) for r in range(9)], -1).double()
     table = signs @ (8.0 ** -torch.arange(9, device=x.device, dtype=torch.float64))
-    # 18 digits are enough for float64; the digits after them count as 0, a sum of 8^-18 (1 + 1/8 + ...) = 8^-17 / 7.
+    # 18 digits are enough for float64; the digits after them count as 0, a sum of 8^-18 (1 + 1/8 + ...) =
+    # 8^-17 / 7.
     return table[x >> BITS - 9] + 8.0**-9 * table[x >> BITS - 18 & 511] + 8.0**-17 / 7

@@ -18,23 +18,24 @@ ORDERS = ("bit-reversed", "natural", "gray")
 class Lattice(PointSequence):
     """A rank-1 lattice: point i is `phi(i) z` modulo 1, with a generating vector z of odd numbers.
 
-    Orders: in "bit-reversed", phi is van der Corput's sequence, so the first 2^m points are a lattice for every m and
-    more can be added; "gray" is the same of the Gray code of i; "natural" is `i z / n`, for a power of two of points
-    asked for at once.
+    Orders: in "bit-reversed", phi is van der Corput's sequence, so the first 2^m points are a lattice for
+    every m and more can be added; "gray" is the same of the Gray code of i; "natural" is `i z / n`, for a
+    power of two of points asked for at once.
 
-    The default vector was constructed here (`search_lattice`, tools/make_lattice.py): fast component by component for
-    smoothness 1 and weights 1/j^2, for 2^6 to 2^20 points at once, 256 dimensions.
+    The default vector was constructed here (`search_lattice`, tools/make_lattice.py): fast component by
+    component for smoothness 1 and weights 1/j^2, for 2^6 to 2^20 points at once, 256 dimensions.
 
     Args:
         dim: coordinates.
-        vector: z of one's own, at least `dim` odd numbers; it goes to 2^32 points, whatever it was made for.
+        vector: z of one's own, at least `dim` odd numbers; it goes to 2^32 points, whatever it was made
+            for.
         order: as above.
-        randomize: "shift" moves all points by one random vector modulo 1 (Cranley and Patterson, 1976); None has the
-            origin as point 0.
+        randomize: "shift" moves all points by one random vector modulo 1 (Cranley and Patterson, 1976);
+            None has the origin as point 0.
         replications, seed, device, dtype: as for every `PointSequence`.
 
-    After QMCPy (Sorokin, 2025, arXiv 2502.14256), whose "natural" order is "bit-reversed" here, and whose "linear" is
-    "natural".
+    After QMCPy (Sorokin, 2025, arXiv 2502.14256), whose "natural" order is "bit-reversed" here, and whose
+    "linear" is "natural".
 
     Raises:
         ValueError: dimensions beyond the vector's, even numbers in a vector.
@@ -66,7 +67,7 @@ class Lattice(PointSequence):
         if len(z) < dim:
             whose = "the table has" if own else "vector has"
             raise ValueError(
-                f"dim must be at most {len(z)}, the numbers that {whose}, got {dim}; search_lattice makes longer ones"
+                f"dim must be at most {len(z)}, the numbers that {whose}, got {dim}; search_lattice makes more"
             )
         if not (z[:dim] % 2 == 1).all() or z[:dim].min() < 1:
             raise ValueError("vector must hold odd numbers above 0, or coordinates would repeat")
@@ -95,4 +96,4 @@ class Lattice(PointSequence):
             places = [BITS - 1 - k for k in range(32)]
         columns = [(self.vector & (1 << BITS - place) - 1) << place for place in places]
         stacked = torch.stack(columns, -1) if columns else self.vector.new_zeros(self.dim, 0)
-        fill(out, stacked.expand(self.copies, -1, -1), self._shift, start, add=True)
+        fill(out, stacked.unsqueeze(0), self._shift, start, add=True)

@@ -16,11 +16,12 @@ def search_lattice(
 ) -> list[int]:
     """A generating vector for lattices of 2^least, 2^(least + 1), ... 2^log2_points points.
 
-    Component by component, the number is taken for which the worst-case error in the weighted Korobov space of smoothness
-    1, divided by the best possible with the components before, is least at its worst number of points (after Cools, Kuo
-    and Nuyens, 2006, who divide by errors of vectors searched for each number of points). Costs O(dim n log n): modulo
-    2^m the odd numbers are, up to their sign, the powers of 5, so what all candidates gain at the points u / 2^m, u odd,
-    is one cyclic correlation. The lattices are embedded, so errors of fewer points are partial sums of those of more.
+    Component by component, the number is taken for which the worst-case error in the weighted Korobov space
+    of smoothness 1, divided by the best possible with the components before, is least at its worst number
+    of points (after Cools, Kuo and Nuyens, 2006, who divide by errors of vectors searched for each number
+    of points). Costs O(dim n log n): modulo 2^m the odd numbers are, up to their sign, the powers of 5, so
+    what all candidates gain at the points u / 2^m, u odd, is one cyclic correlation. The lattices are
+    embedded, so errors of fewer points are partial sums of those of more.
 
     Args:
         dim: components.
@@ -50,7 +51,8 @@ def search_lattice(
 
 
 class _Level:
-    """The points u / 2^k, u odd: of each pair u, -u the one that is a power of 5, in the order of the powers."""
+    """The points u / 2^k, u odd: of each pair u, -u the one that is a power of 5, in the order of the
+    powers."""
 
     def __init__(self, k: int) -> None:
         self.k, self.pairs = k, max(1, 1 << max(k - 2, 0))

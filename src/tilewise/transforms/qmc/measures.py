@@ -31,10 +31,11 @@ class Normal:
     Args:
         mean: a number or `[dim]`.
         covariance: a variance, `[dim]` variances, or a positive definite `[dim, dim]`.
-        by: how a full covariance is factored: "pca" puts the largest variances on the first coordinates, which points are
-            best in; "cholesky" takes the coordinates as they come.
+        by: how a full covariance is factored: "pca" puts the largest variances on the first coordinates,
+            which points are best in; "cholesky" takes the coordinates as they come.
 
-    A point of the cube is taken to be the middle of its cell of side 2^-52 (2^-24 in float32), so 0 gives a finite number.
+    A point of the cube is taken to be the middle of its cell of side 2^-52 (2^-24 in float32), so 0 gives a
+    finite number.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Normal:
 
 
 def tent(u: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Points folded, `1 - |2 u - 1|`, and the weight of each: a function becomes continuous as a periodic one."""
+    """Points folded, `1 - |2 u - 1|`, and the weight of each: a function becomes continuous as a periodic
+    one."""
     return (1 - (2 * u - 1).abs()).clamp(max=1 - torch.finfo(u.dtype).eps), 1.0
 
 
 def sine(u: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Points moved by `u - sin(2 pi u) / 2 pi`, and the weight of each, `prod 1 - cos(2 pi u)`: its first derivative too."""
+    """Points moved by `u - sin(2 pi u) / 2 pi`, and the weight of each, `prod 1 - cos(2 pi u)`: its first
+    derivative too."""
     turned = 2 * math.pi * u
     moved = (u - turned.sin() / (2 * math.pi)).clamp(0, 1 - torch.finfo(u.dtype).eps)
     return moved, (1 - turned.cos()).prod(-1)

@@ -8,19 +8,22 @@ from torch.quasirandom import SobolEngine
 
 from tilewise.transforms.qmc import scrambling
 from tilewise.transforms.qmc.digits import BITS, MASK, fold, to_unit, words
-from tilewise.transforms.qmc.rows import BLOCK, fill
+from tilewise.transforms.qmc.rows import fill
 from tilewise.transforms.qmc.sequence import PointSequence, power_of_two, whole_number
 
 ORDERS = ("natural", "gray", "bit-reversed")
 SHIFT, MATRIX, TREE = 1, 2, 3  # what random words are for
+CACHED = 1 << 16  # numbers scrambled at a time, in some ten temporary tensors
 
 
 class DigitalNet(PointSequence):
-    """A digital net in base 2: coordinate j of point i is the generator matrix C_j times the binary digits of i.
+    """A digital net in base 2: coordinate j of point i is the generator matrix C_j times the binary digits
+    of i.
 
-    The default matrices are Sobol's with the direction numbers of Joe and Kuo (2008), which PyTorch ships for 21,201
-    dimensions and 2^30 points. `interlace=a` makes a higher-order net of a times as many coordinates (Dick, 2011): the
-    digits of a neighbours take turns, and smooth integrands converge nearly like n^-a.
+    The default matrices are Sobol's with the direction numbers of Joe and Kuo (2008), which PyTorch ships
+    for 21,201 dimensions and 2^30 points. `interlace=a` makes a higher-order net of a times as many
+    coordinates (Dick, 2011): the digits of a neighbours take turns, and smooth integrands converge nearly
+    like n^-a.
 
     Randomisations, each keeping every elementary interval's share of points:
 
@@ -32,21 +35,22 @@ class DigitalNet(PointSequence):
 
     Higher-order nets are scrambled before they are interlaced, by "lms" and "nus".
 
-    Orders: "natural", and "gray" (the index is Gray-coded: two neighbours differ in one column) can be extended;
-    "bit-reversed" reverses the index within the power of two of points that `points(n)` asks for. The first 2^m points
-    are the same set in each. Digits: 52, of which Sobol's matrices fill 30 and scrambling the rest.
+    Orders: "natural", and "gray" (the index is Gray-coded: two neighbours differ in one column) can be
+    extended; "bit-reversed" reverses the index within the power of two of points that `points(n)` asks for.
+    The first 2^m points are the same set in each. Digits: 52, of which Sobol's matrices fill 30 and
+    scrambling the rest.
 
     Args:
         dim: coordinates; `dim * interlace` of the matrices are used.
         interlace: 1, or the order of a higher-order net.
-        columns: int64 `[dims, m]`, the matrices of one's own net: bit `digits - 1 - r` of `columns[j, k]` is row r,
-            column k of C_j. None: Sobol's.
+        columns: int64 `[dims, m]`, the matrices of one's own net: bit `digits - 1 - r` of `columns[j, k]`
+            is row r, column k of C_j. None: Sobol's.
         digits: rows of `columns`.
         order: as above.
         randomize, replications, seed, device, dtype: as for every `PointSequence`.
 
-    From QMCPy (Sorokin, 2025, arXiv 2502.14256) it differs in that NUS hashes instead of storing trees, and in that a
-    coordinate has 52 digits instead of up to 64, so that float64 holds it.
+    From QMCPy (Sorokin, 2025, arXiv 2502.14256) it differs in that NUS hashes instead of storing trees, and
+    in that a coordinate has 52 digits instead of up to 64, so that float64 holds it.
 
     Raises:
         ValueError: dimensions beyond the matrices, points beyond their columns.
@@ -83,18 +87,17 @@ class DigitalNet(PointSequence):
         self._made()
 
     def _made(self) -> None:
-        """Columns `[copies, d, m]` and shift `[copies, d]`; with NUS, the words of the trees' roots."""
+        """Columns `[copies or 1, d, m]` and shift `[copies, d]`; with NUS, the words of the trees'
+        roots."""
         key, copies, wide = fold(self.seed, SHIFT), self.copies, self.dim * self.interlace
         if self.randomize == "nus":
-            self._columns = _ordered(self._plain.unsqueeze(0), self.order).expand(copies, -1, -1)
-            self._shift = torch.zeros(copies, wide, dtype=torch.int64, device=self.device)
+            self._columns = _ordered(self._plain.unsqueeze(0), self.order)
+            self._shift = torch.zeros(1, wide, dtype=torch.int64, device=self.device)
             self._roots = words(fold(self.seed, TREE), (copies, wide), self.device)
             return
-        columns = self._plain.expand(copies, -1, -1)
+        columns = self._plain.unsqueeze(0)
         if self.randomize == "lms":
-            columns = scrambling.scrambled_columns(
-                self._plain, self._digits, fold(self.seed, MATRIX), copies
-            )
+            columns = scrambling.scrambled_columns(self._plain, self._digits, fold(self.seed, MATRIX), copies)
         if self.interlace > 1:
             columns = scrambling.interlaced(columns.mT, self.interlace).mT
         self._columns = _ordered(columns, self.order)
@@ -115,10 +118,10 @@ class DigitalNet(PointSequence):
             fill(out, columns, self._shift, start, add=False)
             return
         wide = self.dim * self.interlace
-        rows = max(1, BLOCK // (self.copies * wide))
+        rows = max(1, CACHED // (self.copies * wide))
         for first in range(0, n, rows):
             part = out[:, first : first + rows]
-            x = torch.zeros(self.copies, part.shape[1], wide, dtype=torch.int64, device=out.device)
+            x = torch.zeros(1, part.shape[1], wide, dtype=torch.int64, device=out.device)
             fill(x, columns, self._shift, start + first, add=False)
             x = scrambling.nested_uniform(x, self._roots, self._digits)
             if self.interlace > 1:
@@ -140,7 +143,9 @@ def _checked(columns: Tensor, digits: int | None, dims: int) -> int:
     if not isinstance(columns, Tensor) or columns.dtype != torch.int64 or columns.ndim != 2:
         raise TypeError("columns must be an int64 tensor [dims, m]")
     if columns.shape[0] < dims:
-        raise ValueError(f"dim times interlace must be at most {columns.shape[0]}, as columns has, got {dims}")
+        raise ValueError(
+            f"dim times interlace must be at most {columns.shape[0]}, as columns has, got {dims}"
+        )
     if digits is None:
         raise ValueError("digits must say how many rows the matrices of columns have, got None")
     whole_number("digits", digits, 1)

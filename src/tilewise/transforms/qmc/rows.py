@@ -1,9 +1,10 @@
 """Points whose digits are sums of columns, written block by block.
 
-Point i of a digital net is a shift plus (exclusive or) the columns of the bits that are set in i; point i of a lattice
-is the same with addition modulo 1. So the points of an aligned block of indices are those of the first block, all joined
-with one offset: a block that stays in the processor's cache is made once by doubling, and each further point costs one
-operation that joins and one that makes a float of it. No loop runs over points.
+Point i of a digital net is a shift plus (exclusive or) the columns of the bits that are set in i; point i
+of a lattice is the same with addition modulo 1. So the points of an aligned block of indices are those of
+the first block, all joined
+with one offset: a block that stays in the processor's cache is made once by doubling, and each further
+point costs one operation that joins and one that makes a float of it. No loop runs over points.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tilewise.transforms.qmc.digits import BITS, MASK, ONE, to_unit
 
-BLOCK = 1 << 16  # numbers of a block: 512 KB, half of a core's second-level cache on most processors
+BLOCK = 1 << 19  # numbers of a block: 4 MB; half as many took 1.4 times as long, in more and shorter calls
 
 
 def fill(out: Tensor, columns: Tensor, shift: Tensor, start: int, add: bool) -> None:
@@ -21,7 +22,8 @@ def fill(out: Tensor, columns: Tensor, shift: Tensor, start: int, add: bool) -> 
 
     Args:
         out: `[replications, n, d]`; int64 gets the digits, float64 and float32 the points in [0, 1).
-        columns: int64 `[replications, d, m]`, column k what bit k of the index brings; `start + n <= 2^m`.
+        columns: int64 `[replications or 1, d, m]`, column k what bit k of the index brings; `start + n <=
+            2^m`.
         shift: int64 `[replications, d]`, what point 0 is.
         add: join by addition modulo 1 (lattices) instead of exclusive or (digital nets).
     """
@@ -52,9 +54,7 @@ def _rows(wide: int, n: int, columns: int) -> int:
 
 def _doubled(columns: Tensor, add: bool) -> Tensor:
     """Digits of all indices below 2^m, `[replications, 2^m, d]`, without a shift."""
-    rows = torch.zeros(
-        columns.shape[0], 1, columns.shape[1], dtype=torch.int64, device=columns.device
-    )
+    rows = torch.zeros(columns.shape[0], 1, columns.shape[1], dtype=torch.int64, device=columns.device)
     for k in range(columns.shape[2]):
         column = columns[:, None, :, k]
         rows = torch.cat((rows, rows + column & MASK if add else rows ^ column), 1)

@@ -1,10 +1,11 @@
 """Randomisations of digits, in base 2 and in any base.
 
-Digital shift: every digit of a coordinate is moved by the same amount in all points. Linear matrix scrambling (LMS): the
-digits are multiplied by a random lower triangular matrix first. Nested uniform scrambling (NUS): a digit is permuted at
-random, with a permutation of its own for every string of digits before it; Owen (1995) stores these permutations as a
-tree. Here the node of the tree is hashed into its permutation, so nothing is stored and any point can be made on its own:
-the result is that of the tree as far as a hash of 64 bits is as good as independent random words.
+Digital shift: every digit of a coordinate is moved by the same amount in all points. Linear matrix
+scrambling (LMS): the digits are multiplied by a random lower triangular matrix first. Nested uniform
+scrambling (NUS): a digit is permuted at random, with a permutation of its own for every string of digits
+before it; Owen (1995) stores these permutations as a tree. Here the node of the tree is hashed into its
+permutation, so nothing is stored and any point can be made on its own: the result is that of the tree as
+far as a hash of 64 bits is as good as independent random words.
 """
 
 from __future__ import annotations
@@ -18,23 +19,27 @@ GROUP = 6  # levels of a binary tree whose 63 nodes share one random word, a bit
 
 
 def scrambled_columns(columns: Tensor, digits: int, key: int, copies: int) -> Tensor:
-    """Columns of digital nets under LMS, `[copies, d, m]`, from columns `[d, m]` of which `digits` digits are used."""
+    """Columns of digital nets under LMS, `[copies, d, m]`, from columns `[d, m]` of which `digits` digits
+    are used."""
     d = columns.shape[0]
     random = words(key, (copies, d, digits), columns.device)
     out = torch.zeros(copies, *columns.shape, dtype=torch.int64, device=columns.device)
     for place in range(digits):
         unit = 1 << BITS - 1 - place
-        own = unit | random[:, :, place, None] & unit - 1  # a column of the matrix: 1, then random digits below
+        own = (
+            unit | random[:, :, place, None] & unit - 1
+        )  # a column of the matrix: 1, then random digits below
         out ^= (columns >> BITS - 1 - place & 1) * own
     return out
 
 
 def nested_uniform(x: Tensor, keys: Tensor, digits: int) -> Tensor:
-    """NUS of digits `x` `[copies, n, d]` with words `keys` `[copies, d]`; only the first `digits` of x are not 0.
+    """NUS of digits `x` `[1, n, d]`, of which the first `digits` may be set, with words `keys` `[copies,
+    d]`.
 
     Digits after the first `digits` are random, given those: two different points differ before.
     """
-    node_key, out = keys.unsqueeze(1), x.clone()
+    node_key, out = keys.unsqueeze(1), x.repeat(len(keys), 1, 1)
     for first in range(0, digits, GROUP):
         count = min(GROUP, digits - first)
         word = step(mix(node_key + first), x >> BITS - first)
@@ -48,7 +53,8 @@ def nested_uniform(x: Tensor, keys: Tensor, digits: int) -> Tensor:
 
 
 def interlaced(x: Tensor, factor: int) -> Tensor:
-    """Digits of `factor` neighbouring coordinates in turns: `[..., factor d]` to `[..., d]`, 52 digits kept."""
+    """Digits of `factor` neighbouring coordinates in turns: `[..., factor d]` to `[..., d]`, 52 digits
+    kept."""
     parts = x.unflatten(-1, (-1, factor))
     out = torch.zeros_like(parts[..., 0])
     for place in range(BITS):
@@ -78,11 +84,12 @@ def scrambling_matrices(
 
 
 def nested_permutations(index: Tensor, base: int, levels: int, roots: Tensor) -> Tensor:
-    """NUS of the first `levels` digits of radical inverses, `[copies, n, levels]`, from words `roots` `[copies, 1]`.
+    """NUS of the first `levels` digits of radical inverses, `[copies, n, levels]`, from words `roots`
+    `[copies, 1]`.
 
     The digits of the radical inverse of i are those of i from the last on, so the digits before level k are
-    `i mod base^k`. A permutation is the order of the words of its node's children. Few nodes of a level: their
-    permutations are tabulated; many: each point finds the rank of its own child.
+    `i mod base^k`. A permutation is the order of the words of its node's children. Few nodes of a level:
+    their permutations are tabulated; many: each point finds the rank of its own child.
     """
     device, copies = index.device, roots.shape[0]
     choices = torch.arange(base, device=device)

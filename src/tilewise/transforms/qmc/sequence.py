@@ -8,13 +8,16 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from tilewise.transforms.qmc.memory import empty
+
 
 class PointSequence(ABC):
     """Points of the unit cube, numbered from 0; any run of them is made without those before it.
 
-    `sequence[a:b]` and `sequence.points(n)` (the same as `sequence[0:n]`) are `[b - a, dim]`, or `[replications,
-    b - a, dim]` where replications were asked for. Every replication is randomised on its own; replication r is the same
-    whatever their number. The same arguments give the same points on every device.
+    `sequence[a:b]` and `sequence.points(n)` (the same as `sequence[0:n]`) are `[b - a, dim]`, or
+    `[replications, b - a, dim]` where replications were asked for. Every replication is randomised on its
+    own; replication r is the same whatever their number. The same arguments give the same points on every
+    device.
 
     Args:
         dim: coordinates of a point.
@@ -76,13 +79,14 @@ class PointSequence(ABC):
         whole_number("n (the end)", end, start)
         if end > self.max_points:
             raise ValueError(f"n must be at most {self.max_points:,} for {self!r}, got {end:,}")
-        out = torch.zeros(self.copies, end - start, self.dim, dtype=dtype, device=self.device)
+        out = empty((self.copies, end - start, self.dim), dtype, self.device)
         self._write(out, start)
         return out[0] if self.replications is None else out
 
     @abstractmethod
     def _write(self, out: Tensor, start: int) -> None:
-        """Write points from `start` on into `out`, `[copies, n, dim]` of floats, or int64 for their 52 digits."""
+        """Write points from `start` on into `out`, `[copies, n, dim]` of floats, or int64 for their 52
+        digits."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(dim={self.dim}, randomize={self.randomize!r})"
