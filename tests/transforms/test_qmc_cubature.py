@@ -63,33 +63,34 @@ def rate(points: Callable[[int], Tensor], f: Callable[[Tensor], Tensor], exact: 
 
 @pytest.mark.evidence
 @pytest.mark.parametrize(
-    ("name", "at_most"),
+    ("name", "dim", "at_most"),
     [
-        ("lattice", -0.95),
-        ("net lms", -1.3),
-        ("net nus", -1.3),
-        ("net digital-shift", -0.9),
-        ("halton permutations", -0.8),
-        ("halton nus", -0.8),
-        ("order 2 lms", -1.9),
-        ("order 2 nus", -1.9),
-        ("order 3 lms", -2.3),
+        ("lattice", 3, -0.9),
+        ("net lms", 3, -1.2),
+        ("net nus", 3, -1.35),
+        ("net digital-shift", 3, -0.9),
+        ("halton permutations", 3, -0.9),
+        ("halton lms", 3, -0.9),
+        ("order 2 lms", 2, -2.0),
+        ("order 2 nus", 2, -2.0),
+        ("order 2 nus", 1, -2.3),
+        ("order 3 nus", 1, -3.1),
     ],
 )
-def test_errors_fall_faster_than_those_of_random_points(name, at_most):
-    """In 3 dimensions, 32 replications, 64 to 8,192 points."""
+def test_errors_fall_faster_than_those_of_random_points(name, dim, at_most):
+    """64 to 8,192 points, 32 replications. Scrambling gains half an order (Owen, 1997), interlacing one each."""
     kind, how = name.rpartition(" ")[::2] if " " in name else (name, "shift")
     given = {"randomize": how, "replications": 32, "seed": 1}
     sequence: PointSequence
     f = product
     if kind == "lattice":
-        sequence = Lattice(3, **given)
+        sequence = Lattice(dim, **given)
     elif kind == "halton":
-        sequence = Halton(3, **given)
+        sequence = Halton(dim, **given)
     else:
-        sequence = DigitalNet(3, interlace=int(kind[-1]) if "order" in kind else 1, **given)
+        sequence = DigitalNet(dim, interlace=int(kind[-1]) if "order" in kind else 1, **given)
     assert rate(sequence.points, f, 1.0) <= at_most
-    plain = rate(lambda n: torch.rand(32, n, 3, dtype=torch.float64), f, 1.0)
+    plain = rate(lambda n: torch.rand(32, n, dim, dtype=torch.float64), f, 1.0)
     assert -0.65 < plain < -0.35  # random points, which the bounds above would not let pass
 
 
@@ -97,7 +98,7 @@ def test_errors_fall_faster_than_those_of_random_points(name, at_most):
 def test_lattices_gain_from_periodic_functions():
     """Smooth and periodic, or made so: more than one order; the same function left as it is: one."""
     lattice = Lattice(3, replications=32, seed=1)
-    assert rate(lattice.points, periodic, 1.0) < -1.8
+    assert rate(lattice.points, periodic, 1.0) < -3
 
     def folded(how: Callable) -> Callable[[Tensor], Tensor]:
         def f(u: Tensor) -> Tensor:
@@ -107,8 +108,8 @@ def test_lattices_gain_from_periodic_functions():
         return f
 
     assert rate(lattice.points, folded(tent), 1.0) < -1.6
-    assert rate(lattice.points, folded(sine), 1.0) < -1.6
-    assert rate(lattice.points, product, 1.0) > -1.4
+    assert rate(lattice.points, folded(sine), 1.0) < -2.5
+    assert rate(lattice.points, product, 1.0) > -1.2
 
 
 @pytest.mark.evidence
@@ -178,7 +179,7 @@ def test_true_errors_stay_within_the_tolerance(kind):
 def test_an_integrand_outside_the_cone_is_told():
     """A frequency that the first points cannot see, and then do."""
     hidden = integrate(
-        lambda x: x[..., 0] + 0.5 * torch.cos(2 * math.pi * 512 * x[..., 0]) * (x[..., 1] > 0.3),
+        lambda x: product(x) + 0.5 * torch.cos(2 * math.pi * 512 * x[..., 0]) * (x[..., 1] > 0.3),
         DigitalNet(2, seed=4),
         tolerance=1e-7,
         first=256,

@@ -1,5 +1,4 @@
-"""Quasi-Monte Carlo: low-discrepancy points, their randomisations, fast kernel methods and adaptive
-cubature."""
+"""Quasi-Monte Carlo: low-discrepancy points, randomisations, fast kernel methods, adaptive cubature."""
 
 from tilewise.transforms.qmc.cubature import Estimate, integrate
 from tilewise.transforms.qmc.gaussian_process import FastGP

@@ -1,11 +1,9 @@
-"""Coordinates as whole numbers of 52 binary digits, and random words that depend on a seed and a place
-alone.
+"""Coordinates as whole numbers of 52 binary digits, and random words made of a seed and a place alone.
 
 A coordinate x in [0, 1) is kept as the integer x 2^52. float64 holds every such number exactly, so nothing
 is rounded between a generator and the points that a user sees. Random words come from a hash of counters
-rather than from a
-generator with a state: the same seed gives the same points on every device, from any point on, in any
-order.
+rather than from a generator with a state: the same seed gives the same points on every device, from any
+point on, in any order.
 """
 
 from __future__ import annotations
@@ -15,20 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BITS = 52
-MASK = (1 << BITS) - 1
-ONE = 0x3FF << BITS  # the bits of 1.0 in float64; set below it, 52 digits x make the number 1 + x 2^-52
+from tilewise.kernels.digit_sums.digits import BITS, MASK, to_unit
 
 _GOLDEN, _A, _B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
-
-
-def to_unit(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The points `x 2^-52` of whole numbers of 52 digits; float32 keeps their first 24, so 1 is never
-    reached."""
-    if dtype == torch.float64:
-        return (x | ONE).view(torch.float64) - 1
-    return (x >> BITS - 24).to(dtype) * 2.0**-24
 
 
 def from_unit(x: Tensor) -> Tensor:

@@ -76,8 +76,7 @@ class FastGP(nn.Module):
         return -0.5 * (self.n * (scale.log() + math.log(2 * math.pi) + 1) + logs)
 
     def fit(self, y: Tensor, *, steps: int = 50) -> FastGP:
-        """Fit weights and noise to values `[n]` at `x` by L-BFGS, and keep the values for what is asked
-        afterwards."""
+        """Fit weights and noise to values `[n]` at `x` by L-BFGS, and keep the values."""
         whole_number("steps", steps, 0)
         y = self._checked(y)
         search = torch.optim.LBFGS(
@@ -97,8 +96,10 @@ class FastGP(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and variances `[q]` of f at points `[q, dim]` in [0, 1); O(n dim) each for the mean, a
-        transform more for the variance."""
+        """Means and variances `[q]` of f at points `[q, dim]` in [0, 1).
+
+        Each mean costs O(n dim), its variance a transform more.
+        """
         y, spectrum = self._fitted(), self._spectrum()
         scale = self._terms(y)[0]
         coefficients = self._basis.backward(self._basis.forward(y - y.mean()) / spectrum, self.n)

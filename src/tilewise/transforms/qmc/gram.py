@@ -27,8 +27,7 @@ class Gram:
     Args:
         kernel: `ShiftInvariant` with a `Lattice`, `DigitallyShiftInvariant` with a `DigitalNet`.
         sequence: of the kernel's dimension; a lattice of order "bit-reversed" or "natural", a net of any
-            order. Under
-            nested uniform scrambling a net is no group any more: that is refused.
+            order. Under nested uniform scrambling a net is no group any more: that is refused.
         n: a power of two.
         noise: added to the diagonal, >= 0; a tensor is differentiated through.
 
@@ -79,8 +78,7 @@ class Gram:
         return self.eigenvalues.log().sum(-1)
 
     def dense(self) -> Tensor:
-        """K itself, `[..., n, n]`, from the kernel at every pair of points: what the rest is checked
-        against."""
+        """K itself, `[..., n, n]`, from the kernel at every pair of points, to check the rest against."""
         x = self.sequence.integers(0, self.n)
         delta = self.kernel.difference_of_integers(x.unsqueeze(-2), x.unsqueeze(-3))
         full = self.kernel.of_features(self.kernel.features(delta))
@@ -93,16 +91,14 @@ class Gram:
 
 
 class Basis:
-    """The orthonormal basis in which a sequence's Gram matrices are diagonal, and the transforms to it and
-    back."""
+    """The orthonormal basis in which a sequence's Gram matrices are diagonal, there and back."""
 
     def __init__(self, sequence: Lattice | DigitalNet) -> None:
         self.digital = isinstance(sequence, DigitalNet)
         self.order = sequence.order
 
     def forward(self, x: Tensor) -> Tensor:
-        """Coordinates of vectors `[..., n]`; of a lattice's only those of frequencies 0 to n / 2, the rest
-        mirror them."""
+        """Coordinates of vectors `[..., n]`; a lattice's of frequencies 0 to n / 2, which the rest mirror."""
         return fwht(x) if self.digital else rfft(x, order=self.order, norm="ortho")
 
     def backward(self, spectrum: Tensor, n: int) -> Tensor:
@@ -110,15 +106,13 @@ class Basis:
         return fwht(spectrum) if self.digital else irfft(spectrum, n, order=self.order, norm="ortho")
 
     def eigenvalues(self, row: Tensor) -> Tensor:
-        """Of the matrix with this first row, as many as there are coordinates; rounding lets none fall
-        below 0."""
+        """Of the matrix with this first row, one a coordinate; rounding lets none fall below 0."""
         made = self.forward(row)
         return (made if self.digital else made.real).clamp(min=0) * row.shape[-1] ** 0.5
 
 
 def first_features(kernel: ProductKernel, sequence: Lattice | DigitalNet, n: int) -> Tensor:
-    """The kernel's features between the first point and all n, `[..., n, dim]`; raises where the pair has
-    no fast Gram."""
+    """Features between the first point and all n, `[..., n, dim]`; raises where there is no fast Gram."""
     power_of_two("n", n)
     fits = ((ShiftInvariant, Lattice), (DigitallyShiftInvariant, DigitalNet))
     if not any(isinstance(kernel, kind) and isinstance(sequence, points) for kind, points in fits):

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tilewise.kernels.digit_sums.memory import empty
 from tilewise.transforms.qmc import scrambling
 from tilewise.transforms.qmc.digits import BITS, below, fold, mix, step, words
 from tilewise.transforms.qmc.sequence import PointSequence
@@ -53,7 +54,8 @@ class Halton(PointSequence):
         )
         self.bases = primes(dim)
 
-    def _write(self, out: Tensor, start: int) -> None:
+    def _make(self, start: int, n: int, dtype: torch.dtype) -> Tensor:
+        out = empty((self.copies, n, self.dim), dtype, self.device)
         for j, base in enumerate(self.bases):
             digits = int(BITS / math.log2(base))
             if self.randomize == "lms":
@@ -63,13 +65,13 @@ class Halton(PointSequence):
             else:
                 made = self._permuted(out, start, base, digits, j)
             x = made.to(torch.float64) / base**digits
-            if out.dtype != torch.float64:
+            if dtype != torch.float64:
                 x = (x * 2.0**24).floor() * 2.0**-24  # cut, so that rounding cannot reach 1
             out[:, :, j] = x
+        return out
 
     def _permuted(self, out: Tensor, start: int, base: int, digits: int, j: int) -> Tensor:
-        """Whole numbers of `digits` digits, `[copies, n]`: sums over digits of the index of what each one
-        brings."""
+        """Whole numbers of `digits` digits, `[copies, n]`: sums of what each digit of the index brings."""
         make = (
             scrambling.shift_permutations
             if self.randomize == "digital-shift"
@@ -101,8 +103,7 @@ class Halton(PointSequence):
         return (made * _powers(base, digits, out.device)).sum(-1)
 
     def _nus(self, out: Tensor, start: int, base: int, digits: int, j: int) -> Tensor:
-        """The digits in which two of the first 2^32 points can differ by the tree; all below them at
-        random."""
+        """By the tree where two of the first 2^32 points can differ; all digits below at random."""
         levels = min(digits, digits_of(self.max_points, base))
         roots = words(fold(self.seed, TREE, j), (self.copies, 1), out.device)
         index = torch.arange(start, start + out.shape[1], device=out.device)

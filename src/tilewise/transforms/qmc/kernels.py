@@ -1,10 +1,8 @@
-"""Kernels whose values depend on the difference of two points alone: modulo 1, or digit by digit without
-carry.
+"""Kernels of the difference of two points alone: modulo 1, or digit by digit without carry.
 
 Both are products over coordinates, `k(x, y) = scale prod_j (1 + weight_j K(x_j - y_j))`, where K has mean 0
 over [0, 1), so the integral of k over either argument is `scale`. The Gram matrix of such a kernel at the
-points of a lattice, or of
-a digital net, is diagonal in the Fourier, or Walsh, basis: see `Gram`.
+points of a lattice, or of a digital net, is diagonal in the Fourier, or Walsh, basis: see `Gram`.
 """
 
 from __future__ import annotations

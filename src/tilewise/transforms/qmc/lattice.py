@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tilewise.kernels.digit_sums import Call, digit_sums
 from tilewise.transforms.qmc.digits import BITS, MASK, fold, gray, reverse, to_unit, words
 from tilewise.transforms.qmc.lattice_vector import LOG2_POINTS, VECTOR
-from tilewise.transforms.qmc.rows import fill
 from tilewise.transforms.qmc.sequence import PointSequence, power_of_two
 
 ORDERS = ("bit-reversed", "natural", "gray")
@@ -81,19 +81,18 @@ class Lattice(PointSequence):
         """Points start .. end - 1 as whole numbers of 52 digits, int64."""
         return self._rows(start, end, torch.int64)
 
-    def _write(self, out: Tensor, start: int) -> None:
+    def _make(self, start: int, n: int, dtype: torch.dtype) -> Tensor:
         if self.order == "gray":
-            index = reverse(gray(torch.arange(start, start + out.shape[1], device=out.device)), BITS)
+            index = reverse(gray(torch.arange(start, start + n, device=self.device)), BITS)
             x = (index[:, None] * self.vector + self._shift.unsqueeze(1)) & MASK  # what overflows is whole
-            out.copy_(x if out.dtype == torch.int64 else to_unit(x, out.dtype))
-            return
-        if self.order == "natural" and out.shape[1]:
+            return x if dtype == torch.int64 else to_unit(x, dtype)
+        if self.order == "natural" and n:
             if start:
                 raise ValueError(f'order="natural" gives all of 2^m points at once, got a start of {start}')
-            m = power_of_two("n", out.shape[1])
+            m = power_of_two("n", n)
             places = [BITS - m + k for k in range(m)]
         else:
             places = [BITS - 1 - k for k in range(32)]
         columns = [(self.vector & (1 << BITS - place) - 1) << place for place in places]
         stacked = torch.stack(columns, -1) if columns else self.vector.new_zeros(self.dim, 0)
-        fill(out, stacked.unsqueeze(0), self._shift, start, add=True)
+        return digit_sums(Call(stacked.unsqueeze(0), self._shift, start, n, True, dtype))

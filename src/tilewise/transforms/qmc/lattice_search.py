@@ -51,8 +51,7 @@ def search_lattice(
 
 
 class _Level:
-    """The points u / 2^k, u odd: of each pair u, -u the one that is a power of 5, in the order of the
-    powers."""
+    """The points u / 2^k, u odd: of each pair u, -u the power of 5, in the order of the powers."""
 
     def __init__(self, k: int) -> None:
         self.k, self.pairs = k, max(1, 1 << max(k - 2, 0))

@@ -70,14 +70,12 @@ class Normal:
 
 
 def tent(u: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Points folded, `1 - |2 u - 1|`, and the weight of each: a function becomes continuous as a periodic
-    one."""
+    """Points folded, `1 - |2 u - 1|`, and their weight: a function becomes continuous as a periodic one."""
     return (1 - (2 * u - 1).abs()).clamp(max=1 - torch.finfo(u.dtype).eps), 1.0
 
 
 def sine(u: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Points moved by `u - sin(2 pi u) / 2 pi`, and the weight of each, `prod 1 - cos(2 pi u)`: its first
-    derivative too."""
+    """Points moved by `u - sin(2 pi u) / 2 pi`, and their weight: its first derivative is continuous too."""
     turned = 2 * math.pi * u
     moved = (u - turned.sin() / (2 * math.pi)).clamp(0, 1 - torch.finfo(u.dtype).eps)
     return moved, (1 - turned.cos()).prod(-1)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from tilewise.kernels.digit_sums import Call, digit_sums
+from tilewise.kernels.digit_sums.memory import empty
 from tilewise.transforms.qmc import scrambling
 from tilewise.transforms.qmc.digits import BITS, MASK, fold, to_unit, words
-from tilewise.transforms.qmc.rows import fill
 from tilewise.transforms.qmc.sequence import PointSequence, power_of_two, whole_number
 
 ORDERS = ("natural", "gray", "bit-reversed")
@@ -17,8 +18,7 @@ CACHED = 1 << 16  # numbers scrambled at a time, in some ten temporary tensors
 
 
 class DigitalNet(PointSequence):
-    """A digital net in base 2: coordinate j of point i is the generator matrix C_j times the binary digits
-    of i.
+    """A digital net in base 2: coordinate j of point i is a matrix C_j times the binary digits of i.
 
     The default matrices are Sobol's with the direction numbers of Joe and Kuo (2008), which PyTorch ships
     for 21,201 dimensions and 2^30 points. `interlace=a` makes a higher-order net of a times as many
@@ -87,8 +87,7 @@ class DigitalNet(PointSequence):
         self._made()
 
     def _made(self) -> None:
-        """Columns `[copies or 1, d, m]` and shift `[copies, d]`; with NUS, the words of the trees'
-        roots."""
+        """Columns `[copies or 1, d, m]`, shift `[copies, d]`; with NUS, the words of the trees' roots."""
         key, copies, wide = fold(self.seed, SHIFT), self.copies, self.dim * self.interlace
         if self.randomize == "nus":
             self._columns = _ordered(self._plain.unsqueeze(0), self.order)
@@ -109,24 +108,22 @@ class DigitalNet(PointSequence):
         """Points start .. end - 1 as whole numbers of 52 digits, int64."""
         return self._rows(start, end, torch.int64)
 
-    def _write(self, out: Tensor, start: int) -> None:
-        n = out.shape[1]
+    def _make(self, start: int, n: int, dtype: torch.dtype) -> Tensor:
         columns = self._columns
         if self.order == "bit-reversed" and n:
             columns = _reversed(columns, start, n)
         if self.randomize != "nus":
-            fill(out, columns, self._shift, start, add=False)
-            return
-        wide = self.dim * self.interlace
-        rows = max(1, CACHED // (self.copies * wide))
+            return digit_sums(Call(columns, self._shift, start, n, False, dtype))
+        out = empty((self.copies, n, self.dim), dtype, self.device)
+        rows = max(1, CACHED // (self.copies * self.dim * self.interlace))
         for first in range(0, n, rows):
             part = out[:, first : first + rows]
-            x = torch.zeros(1, part.shape[1], wide, dtype=torch.int64, device=out.device)
-            fill(x, columns, self._shift, start + first, add=False)
-            x = scrambling.nested_uniform(x, self._roots, self._digits)
+            plain = Call(columns, self._shift, start + first, part.shape[1], False, torch.int64)
+            x = scrambling.nested_uniform(digit_sums(plain), self._roots, self._digits)
             if self.interlace > 1:
                 x = scrambling.interlaced(x, self.interlace)
-            part.copy_(x if out.dtype == torch.int64 else to_unit(x, out.dtype))
+            part.copy_(x if dtype == torch.int64 else to_unit(x, dtype))
+        return out
 
 
 def sobol_columns(dims: int) -> Tensor:

@@ -8,8 +8,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from tilewise.transforms.qmc.memory import empty
-
 
 class PointSequence(ABC):
     """Points of the unit cube, numbered from 0; any run of them is made without those before it.
@@ -79,14 +77,12 @@ class PointSequence(ABC):
         whole_number("n (the end)", end, start)
         if end > self.max_points:
             raise ValueError(f"n must be at most {self.max_points:,} for {self!r}, got {end:,}")
-        out = empty((self.copies, end - start, self.dim), dtype, self.device)
-        self._write(out, start)
+        out = self._make(start, end - start, dtype)
         return out[0] if self.replications is None else out
 
     @abstractmethod
-    def _write(self, out: Tensor, start: int) -> None:
-        """Write points from `start` on into `out`, `[copies, n, dim]` of floats, or int64 for their 52
-        digits."""
+    def _make(self, start: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Points from `start` on, `[copies, n, dim]` of floats; where there are 52 digits, of these as int64."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(dim={self.dim}, randomize={self.randomize!r})"
