@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tilewise.kernels.digit_sums.digits import BITS
 from tilewise.transforms.qmc import (
     DigitallyShiftInvariant,
     DigitalNet,
@@ -23,7 +24,6 @@ from tilewise.transforms.qmc import (
     Lattice,
     ShiftInvariant,
 )
-from tilewise.transforms.qmc.digits import BITS
 from tilewise.transforms.qmc.kernels import bernoulli
 
 EPS = torch.finfo(torch.float64).eps

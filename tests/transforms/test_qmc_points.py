@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tilewise.kernels.digit_sums.digits import BITS, to_unit
 from tilewise.transforms.qmc import DigitalNet, Halton, Lattice, PointSequence, search_lattice
-from tilewise.transforms.qmc.digits import BITS, from_unit, gray, reverse, to_unit, words
+from tilewise.transforms.qmc.digits import from_unit, gray, reverse, words
 from tilewise.transforms.qmc.halton import primes
 
 NETS = ["lms", "digital-shift", "nus", None]

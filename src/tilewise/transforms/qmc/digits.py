@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tilewise.kernels.digit_sums.digits import BITS, MASK, to_unit
+from tilewise.kernels.digit_sums.digits import BITS
 
 _GOLDEN, _A, _B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = (1 << 64) - 1

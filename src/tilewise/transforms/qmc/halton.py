@@ -8,9 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tilewise.kernels.digit_sums.digits import BITS
 from tilewise.kernels.digit_sums.memory import empty
 from tilewise.transforms.qmc import scrambling
-from tilewise.transforms.qmc.digits import BITS, below, fold, mix, step, words
+from tilewise.transforms.qmc.digits import below, fold, mix, step, words
 from tilewise.transforms.qmc.sequence import PointSequence
 
 TABLE = 1 << 12  # radical inverses of this many indices are tabulated; all others are sums of two entries

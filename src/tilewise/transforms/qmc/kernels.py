@@ -16,7 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tilewise.transforms.qmc.digits import BITS, from_unit, to_unit
+from tilewise.kernels.digit_sums.digits import BITS, to_unit
+from tilewise.transforms.qmc.digits import from_unit
 from tilewise.transforms.qmc.sequence import whole_number
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.digit_sums import Call, digit_sums
-from tilewise.transforms.qmc.digits import BITS, MASK, fold, gray, reverse, to_unit, words
+from tilewise.kernels.digit_sums.digits import BITS, MASK, to_unit
+from tilewise.transforms.qmc.digits import fold, gray, reverse, words
 from tilewise.transforms.qmc.lattice_vector import LOG2_POINTS, VECTOR
 from tilewise.transforms.qmc.sequence import PointSequence, power_of_two
 

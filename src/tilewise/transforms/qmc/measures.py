@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tilewise.transforms.qmc.digits import BITS
+from tilewise.kernels.digit_sums.digits import BITS
 
 
 class Uniform:

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from tilewise.kernels.digit_sums import Call, digit_sums
+from tilewise.kernels.digit_sums.digits import BITS, MASK, to_unit
 from tilewise.kernels.digit_sums.memory import empty
 from tilewise.transforms.qmc import scrambling
-from tilewise.transforms.qmc.digits import BITS, MASK, fold, to_unit, words
+from tilewise.transforms.qmc.digits import fold, words
 from tilewise.transforms.qmc.sequence import PointSequence, power_of_two, whole_number
 
 ORDERS = ("natural", "gray", "bit-reversed")

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tilewise.transforms.qmc.digits import BITS, below, mix, step, words
+from tilewise.kernels.digit_sums.digits import BITS
+from tilewise.transforms.qmc.digits import below, mix, step, words
 
 GROUP = 6  # levels of a binary tree whose 63 nodes share one random word, a bit each
 
