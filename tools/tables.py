@@ -3,9 +3,10 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-attention`, `bench-recurrence` and `bench-qmc` from benchmarks/results, as do `precision`, `adaptive` and
-`selection`; `video` from what training/train_video.py measured; `counts` and `left-out` from the package itself.
-With --check nothing is written: exit code 1 names the pages that are out of date.
+`bench-attention`, `bench-recurrence`, `bench-transforms` and `bench-qmc` from benchmarks/results, as do
+`precision`, `adaptive` and `selection`; `video` from what training/train_video.py measured; `counts` and
+`left-out` from the package itself. With --check nothing is written: exit code 1 names the pages that are out
+of date.
 """
 
 from __future__ import annotations
@@ -237,6 +238,7 @@ def main(arguments: Sequence[str]) -> int:
         "bench-attention": bench,
         "bench-recurrence": bench_table(ROOT / "benchmarks/results/recurrence.json"),
         "bench-qmc": bench_table(ROOT / "benchmarks/results/qmc.json"),
+        "bench-transforms": bench_table(ROOT / "benchmarks/results/transforms.json"),
         "counts": counts(),
         "left-out": left_out_table(),
         "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),

@@ -71,7 +71,16 @@ def engines() -> list[str]:
 
 
 # Kernels with a native engine.
-NATIVE = ("attend_tiles", "choose_keys", "digit_sums", "fwht", "gated_rnn", "scan", "selective_scan")
+NATIVE = (
+    "attend_tiles",
+    "choose_keys",
+    "digit_sums",
+    "fwht",
+    "gated_rnn",
+    "peel_bins",
+    "scan",
+    "selective_scan",
+)
 
 
 def natives() -> dict[str, Sequence[Path]]:

@@ -25,6 +25,7 @@ KINDS = {
     torch.int8: 6,
 }
 GRID = 10  # words of a tensor
+ROOM = ctypes.c_int64(200)  # bytes for a message of what went wrong
 
 
 def grid(x: Tensor | None) -> list[int]:
@@ -85,11 +86,13 @@ class Library:
         function.restype = ctypes.c_int64
         return function()
 
-    def call(self, entry: str, words: array.array) -> None:
+    def call(self, entry: str, words: array.array | bytes) -> None:
         """Run an entry point on its packed arguments; raises ValueError or RuntimeError where it fails."""
-        message = ctypes.create_string_buffer(200)
-        address, _ = words.buffer_info()
-        failed = getattr(self.loaded, entry)(ctypes.c_void_p(address), message, ctypes.c_int64(len(message)))
+        message = ctypes.create_string_buffer(ROOM.value)
+        packed = words if isinstance(words, bytes) else ctypes.c_void_p(words.buffer_info()[0])
+        failed = getattr(self.loaded, entry)(packed, message, ROOM)
+        if not failed:
+            return
         said = message.value.decode(errors="replace")
         if failed == 2:  # an argument that only reading it could tell
             raise ValueError(said)

@@ -12,8 +12,8 @@ ORDERS = ("natural", "bit-reversed")
 def check_dim(x: Tensor, dim: int, *, is_complex: bool = False) -> int:
     """The size of `x` along `dim`.
 
-    Raises TypeError where `x` is no floating tensor (complex ones pass where `is_complex`), ValueError where it has
-    no such dimension or none of its numbers lies along it.
+    Raises TypeError where `x` is no floating tensor (complex ones pass where `is_complex`), ValueError where
+    it has no such dimension or none of its numbers lies along it.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")

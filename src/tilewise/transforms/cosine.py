@@ -23,17 +23,17 @@ def dct(x: Tensor, dim: int = -1, *, type: int = 2, norm: str | None = "ortho") 
         type 3    x[0] + 2 sum_{j>0} x[j] cos(pi j (2k + 1) / 2n)
         type 4    2 sum_j x[j] cos(pi (2j + 1)(2k + 1) / 4n)
 
-    With `norm="ortho"` the first and last terms are weighted so that each is orthonormal: types 1 and 4 are then
-    their own inverses, 2 and 3 each other's. Types 2 and 3 are one real FFT of the samples reordered (Makhoul, 1980),
-    type 1 one of 2n - 2, type 4 a complex one of 2n.
+    With `norm="ortho"` the first and last terms are weighted so that each is orthonormal: types 1 and 4 are
+    then their own inverses, 2 and 3 each other's. Types 2 and 3 are one real FFT of the samples reordered
+    (Makhoul, 1980), type 1 one of 2n - 2, type 4 a complex one of 2n.
 
     Args:
         x: floating tensor, any strides; float16 and bfloat16 are computed in float32.
         dim: the dimension to transform. type: 1, 2, 3 or 4. norm: "ortho" or None.
 
     Returns:
-        A tensor of x's shape and dtype. Differentiable. Raises ValueError and TypeError for arguments that do not
-        fit.
+        A tensor of x's shape and dtype. Differentiable. Raises ValueError and TypeError for arguments that do
+        not fit.
     """
     n = check_dim(x, dim)
     check_choice("type", type, TYPES)

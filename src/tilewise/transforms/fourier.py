@@ -12,17 +12,21 @@ from tilewise.transforms.kept import kept
 def fft(x: Tensor, dim: int = -1, *, order: str = "natural", norm: str = "backward") -> Tensor:
     """The discrete Fourier transform along a dimension, `X[k] = sum_j x[j] exp(-2 pi i j k / n)`.
 
-    With `order="bit-reversed"` the samples come in bit-reversed order, as a lattice in radical-inverse order has
-    them: x[r(j)] is sample j, where r reverses the log2(n) bits of j. The spectrum is in natural order either way.
+    With `order="bit-reversed"` the samples come in bit-reversed order, as a lattice in radical-inverse order
+    has
+    them: x[r(j)] is sample j, where r reverses the log2(n) bits of j. The spectrum is in natural order either
+        way.
 
     Args:
         x: floating or complex tensor, any strides. float16 and bfloat16 are computed in float32.
         dim: the dimension to transform.
         order: "natural" or "bit-reversed" (n a power of two), of the samples.
-        norm: "backward" (no factor; `ifft` divides by n), "ortho" (n^-1/2) or "forward" (1/n), as in `torch.fft`.
+        norm: "backward" (no factor; `ifft` divides by n), "ortho" (n^-1/2) or "forward" (1/n), as in
+            `torch.fft`.
 
     Returns:
-        A complex tensor of x's shape. Differentiable. Raises ValueError and TypeError for arguments that do not fit.
+        A complex tensor of x's shape. Differentiable. Raises ValueError and TypeError for arguments that do
+        not fit.
     """
     _check(x, dim, order, norm, is_complex=True)
     return torch.fft.fft(_to_natural(widened(x), dim, order), dim=dim, norm=norm)
@@ -45,14 +49,15 @@ def irfft(
 ) -> Tensor:
     """The inverse of `rfft`: `n` real samples from n // 2 + 1 numbers of a spectrum along `dim`.
 
-    `n` is by default the even one. Raises ValueError where x has not as many numbers as n asks for: `torch.fft`
-    would cut or pad.
+    `n` is by default the even one. Raises ValueError where x has not as many numbers as n asks for:
+    `torch.fft` would cut or pad.
     """
     size = check_dim(x, dim, is_complex=True)
     n = max(1, 2 * (size - 1)) if n is None else n
     if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n // 2 + 1 != size:
         raise ValueError(
-            f"n must be one of {max(1, 2 * size - 2)} and {2 * size - 1} for {size} numbers along dim {dim}, got {n!r}"
+            f"n must be one of {max(1, 2 * size - 2)} and {2 * size - 1} for {size} numbers along dim {dim},"
+            f" got {n!r}"
         )
     check_choice("order", order, ORDERS)
     check_choice("norm", norm, NORMS)

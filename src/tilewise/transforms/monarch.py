@@ -24,24 +24,25 @@ def monarch_dft(
 ) -> Tensor:
     """The discrete Fourier transform of `n = n1 n2 [n3 ...]` numbers as one matrix product for each factor.
 
-    A Monarch decomposition (Fu et al., 2023, arXiv 2311.05908; Dao et al., 2022, arXiv 2204.00595): the samples as
-    a matrix [n1, n2], a product with the DFT matrix of order n1 over its columns, factors of size 1 between, and the
-    transform of n2 over its rows, which is decomposed again. Dense products run where FFTs are poor: on matrix
-    units, and fused with what comes before and after. On a CPU an FFT is faster; this is the same map for engines and
-    for checking them.
+    A Monarch decomposition (Fu et al., 2023, arXiv 2311.05908; Dao et al., 2022, arXiv 2204.00595): the
+    samples as a matrix [n1, n2], a product with the DFT matrix of order n1 over its columns, factors of size
+    1 between, and the transform of n2 over its rows, which is decomposed again. Dense products run where FFTs
+    are poor: on matrix units, and fused with what comes before and after. On a CPU an FFT is faster; this is
+    the same map for engines and for checking them.
 
     Args:
         x: floating or complex tensor, any strides; float16 and bfloat16 are computed in float32.
         factors: integers >= 1 whose product is the size along `dim`; at least one.
         dim: the dimension to transform.
         inverse: the inverse transform.
-        order: of the spectrum, "natural" or "monarch": as the products leave it, frequency `k1 + n1 (k2 + n2 k3)`
-            at place `(k1 n2 + k2) n3 + k3`, one transposition less. A pointwise product with another spectrum in the
-            same order needs no other. With `inverse` it is the order of the input.
+        order: of the spectrum, "natural" or "monarch": as the products leave it, frequency `k1 + n1 (k2 + n2
+            k3)` at place `(k1 n2 + k2) n3 + k3`, one transposition less. A pointwise product with another
+            spectrum in the same order needs no other. With `inverse` it is the order of the input.
         norm: "backward" (the inverse divides by n), "ortho" or "forward".
 
     Returns:
-        A complex tensor of x's shape. Differentiable. Raises ValueError and TypeError for arguments that do not fit.
+        A complex tensor of x's shape. Differentiable. Raises ValueError and TypeError for arguments that do
+        not fit.
     """
     n = check_dim(x, dim, is_complex=True)
     factors = _check_factors(factors, n)

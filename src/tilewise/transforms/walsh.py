@@ -14,11 +14,12 @@ from tilewise.transforms.checks import check_dim
 def fwht(x: Tensor, dim: int = -1, *, normalize: bool = True, engine: str = "auto") -> Tensor:
     """The fast Walsh-Hadamard transform along a dimension, in O(n log n), in natural (Hadamard) order.
 
-    For n a power of two, `out[i] = n^-1/2 sum_j (-1)^popcount(i & j) x[j]`. For other sizes `n = m 2^k` the matrix
-    is a Kronecker product of a symmetric orthogonal block of order m and the transform of size 2^k; nothing is
-    padded or cut. The block is a Hadamard matrix of Paley's where he has one of at most 512 (n = 96: 12 x 8, 1536:
-    12 x 128, 11008: 344 x 32), else a Hartley matrix (13696: 107 x 128), which is as orthogonal but whose entries
-    are of many sizes; `transform_factors` says which. The block costs m more products for each number.
+    For n a power of two, `out[i] = n^-1/2 sum_j (-1)^popcount(i & j) x[j]`. For other sizes `n = m 2^k` the
+    matrix is a Kronecker product of a symmetric orthogonal block of order m and the transform of size 2^k;
+    nothing is padded or cut. The block is a Hadamard matrix of Paley's where he has one of at most 512 (n =
+    96: 12 x 8, 1536: 12 x 128, 11008: 344 x 32), else a Hartley matrix (13696: 107 x 128), which is as
+    orthogonal but whose entries are of many sizes; `transform_factors` says which. The block costs m more
+    products for each number.
 
     The matrix is symmetric at every size, so the transform is its own transpose, and with `normalize` its own
     inverse. Differentiable, any number of times.
@@ -27,8 +28,8 @@ def fwht(x: Tensor, dim: int = -1, *, normalize: bool = True, engine: str = "aut
         x: floating tensor, any shape and strides, with at least one number along `dim`. Sums of float16 and
             bfloat16 are kept in float32 and rounded once.
         dim: the dimension to transform.
-        normalize: orthonormal if True; otherwise without the factor `n^-1/2`, so that a Hadamard matrix has entries
-            -1 and 1.
+        normalize: orthonormal if True; otherwise without the factor `n^-1/2`, so that a Hadamard matrix has
+            entries -1 and 1.
         engine: "auto", or the name of an engine, which then runs or raises: "native" (C++ for CPUs), "torch",
             "definition".
 
@@ -36,8 +37,8 @@ def fwht(x: Tensor, dim: int = -1, *, normalize: bool = True, engine: str = "aut
         A tensor of x's shape and dtype.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; a size whose odd part exceeds 1024, with the nearest
-            sizes that work.
+        ValueError, TypeError: an argument that does not fit; a size whose odd part exceeds 2048, with the
+            nearest sizes that work.
     """
     rows, call = _bind(x, dim, normalize)
     out = kernel.fwht(call, engine).view(rows.shape)
@@ -56,8 +57,8 @@ def _bind(x: Tensor, dim: int, normalize: bool) -> tuple[Tensor, kernel.Call]:
     if not torch.compiler.is_compiling() and orders.factors(n) is None:
         sizes = " and ".join(map(str, orders.nearest(n)))
         raise ValueError(
-            f"x must have a size along dim {dim} whose odd part is at most {orders.MOST_ODD}, got {n}; the nearest"
-            f" sizes that work are {sizes}"
+            f"x must have a size along dim {dim} whose odd part is at most {orders.MOST_ODD}, got {n};"
+            f" the nearest sizes that work are {sizes}"
         )
     rows = x if dim in (-1, x.ndim - 1) else x.movedim(dim, -1)
     flat = rows if rows.ndim == 2 else rows.reshape(-1, n)
@@ -82,7 +83,9 @@ def hadamard(n: int, *, normalize: bool = True, dtype: torch.dtype = torch.float
     made = transform_factors(n)
     if made is None:
         sizes = " and ".join(map(str, orders.nearest(n)))
-        raise ValueError(f"n must have an odd part of at most {orders.MOST_ODD}, got {n}; the nearest are {sizes}")
+        raise ValueError(
+            f"n must have an odd part of at most {orders.MOST_ODD}, got {n}; the nearest are {sizes}"
+        )
     at = torch.arange(made.power)
     common = at.unsqueeze(1) & at
     signs = torch.zeros_like(common)

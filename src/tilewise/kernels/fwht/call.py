@@ -14,8 +14,8 @@ from tilewise.kernels.fwht.orders import Factors, factors
 class Call:
     """Rows to be multiplied by a symmetric orthogonal matrix, `scale * (block kron H)`.
 
-    H is the Hadamard matrix of a power of two in natural order, `H[i, j] = (-1)^popcount(i & j)`; `block` that of
-    `orders` for what is left of the size.
+    H is the Hadamard matrix of a power of two in natural order, `H[i, j] = (-1)^popcount(i & j)`; `block`
+    that of `orders` for what is left of the size.
 
     Args:
         x: `[rows, n]`, any strides, n >= 1 with `orders.factors(n)` not None.

@@ -1,4 +1,4 @@
-"""The meaning of the transform: sums and differences of halves, and the block as it is, in the call's own format."""
+"""The meaning of the transform: sums and differences of halves, and the block, in the call's own format."""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
 """The native engine: C++ for CPUs, compiled on first use (see `tilewise.kernels.building`).
 
-Sums and differences of 256 numbers (64 without AVX-512) are made in registers, then of 16 (8) parts at a time, in an
-order that goes to the next larger cache last. Rows are spread over as many threads as PyTorch uses; where there are
-fewer rows, parts and then columns of a row. float16 and bfloat16 are widened on reading and rounded on writing. The
-block of a size that is not a power of two is PyTorch's product of matrices.
+Sums and differences of 256 numbers (64 without AVX-512) are made in registers, then of 16 (8) parts at a
+time, in an order that goes to the next larger cache last. Rows are spread over as many threads as PyTorch
+uses; where there are fewer rows, parts and then columns of a row. float16 and bfloat16 are widened on reading
+and rounded on writing. The block of a size that is not a power of two is PyTorch's product of matrices.
 """
 
 from __future__ import annotations
 
-import array
 import struct
 from pathlib import Path
 
@@ -65,14 +64,14 @@ def forward(call: Call) -> Tensor:
 
 
 def _transform(x: Tensor, out: Tensor, n: int, scale: float, rows: int, stride: int) -> Tensor:
-    """Write the transforms of `rows` rows of `n` numbers, `stride` apart in `x`, to `out`, where they are packed."""
+    """Write to `out`, where rows are packed, the transforms of those of `x`, `stride` apart."""
     if rows:
         words = struct.pack(
             "qqqqqqqdq",
             x.data_ptr(), out.data_ptr(), KINDS[x.dtype], KINDS[out.dtype], rows, n, stride,
             scale, torch.get_num_threads(),
         )  # fmt: skip
-        LIBRARY.call("tilewise_fwht_forward", array.array("q", words))
+        LIBRARY.call("tilewise_fwht_forward", words)
     return out
 
 

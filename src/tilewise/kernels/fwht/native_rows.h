@@ -24,9 +24,6 @@ struct Walsh {
   }
 };
 
-inline double get(double x) { return x; }
-inline void put(double& to, double x) { to = x; }
-
 // One row from a format S to a format T by way of F. Rows in other formats pass through memory of the thread's own.
 template <typename S, typename T, typename F>
 inline void one_row(const S* from, T* to, int levels, F scale) {

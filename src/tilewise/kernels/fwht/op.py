@@ -1,4 +1,4 @@
-"""The custom operator `tilewise::fwht`, shared by all engines. Its matrix is symmetric: it is its own backward."""
+"""The custom operator `tilewise::fwht`, shared by all engines. Being symmetric, it is its own backward."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ IMPLEMENTATIONS: dict[str, Callable[[Call], Tensor]] = {}
 def run(call: Call, engine: str) -> Tensor:
     """Run `call` on the registered engine.
 
-    Through the custom operator where something has to see it: autograd, the compiler or a tensor that is none of
-    PyTorch's own. Otherwise directly: the operator's way through Python takes longer than the transform of a few
-    thousand numbers.
+    Through the custom operator where something has to see it: autograd, the compiler or a tensor that is none
+    of PyTorch's own. Otherwise directly: the operator's way through Python takes longer than the transform of
+    a few thousand numbers.
     """
     x = call.x
-    if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+    ):
         return torch.ops.tilewise.fwht(x, call.scale, engine)
     return IMPLEMENTATIONS[engine](call)
 

@@ -1,9 +1,9 @@
 """Symmetric orthogonal matrices of small orders, and how a size is made of one of them and a power of two.
 
-All blocks are symmetric, so that every transform made of them is its own transpose and, scaled, its own inverse.
-Hadamard matrices are Paley's (1933); his first construction is made symmetric by reading the rows of its core
-backwards. Where he has none of a size, the block is the Hartley matrix, cos + sin, which exists for every order and
-whose entries are not all of one size.
+All blocks are symmetric, so that every transform made of them is its own transpose and, scaled, its own
+inverse. Hadamard matrices are Paley's (1933); his first construction is made symmetric by reading the rows of
+its core backwards. Where he has none of a size, the block is the Hartley matrix, cos + sin, which exists for
+every order and whose entries are not all of one size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MOST_HADAMARD = 512  # largest block of Paley's that is taken: the work per number grows with it
-MOST_ODD = 1024  # largest Hartley block
+MOST_ODD = 2048  # largest Hartley block
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=64)
 def block(order: int, kind: str) -> Tensor:
-    """The symmetric block `[order, order]`, float64 on the CPU, whose square is `order` times the identity."""
+    """The symmetric block `[order, order]`, float64 on the CPU; its square is `order` times the identity."""
     if kind == "hartley":
         at = torch.arange(order)
         angle = (at.unsqueeze(1) * at % order).double() * (2 * torch.pi / order)
@@ -105,10 +105,10 @@ def _bordered(core: Tensor, corner: float) -> Tensor:
 
 
 def _field(q: int) -> tuple[Tensor, Tensor]:
-    """For the field of q elements: the index of each element's negative, and the quadratic character of differences.
+    """For the field of q elements: indices of negatives, and the quadratic character of all differences.
 
-    Elements are polynomials over the integers modulo p, numbered by their coefficients. The character is 1 for
-    even powers of a generator, -1 for odd ones and 0 for 0.
+    Elements are polynomials over the integers modulo p, numbered by their coefficients. The character is 1
+    for even powers of a generator, -1 for odd ones and 0 for 0.
     """
     found = prime_power(q)
     if found is None:

@@ -1,7 +1,7 @@
 """The torch engine: Kronecker factors of at most 16 as matrix products, on any device and dtype.
 
-Larger factors would be fewer passes, but a product of 64 terms, added up one after the other, errs more than twice as
-much as sums and differences do.
+Larger factors would be fewer passes, but a product of 64 terms, added up one after the other, errs more than
+twice as much as sums and differences do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def forward(call: Call) -> Tensor:
         width, scale = width * factor, 1.0
     if made.order > 1:
         matrix = scale * block(made.order, made.kind).to(device=x.device, dtype=wide)
-        x = x.reshape(-1, made.order) @ matrix if made.power == 1 else matrix @ x.reshape(-1, made.order, made.power)
+        x = (
+            x.reshape(-1, made.order) @ matrix
+            if made.power == 1
+            else matrix @ x.reshape(-1, made.order, made.power)
+        )
         scale = 1.0
     if scale != 1.0:  # rows of one number
         x = scale * x
