@@ -60,7 +60,7 @@ check-native: $(STAMP)
 	tests/kernels/test_choose_keys.py tests/attention/test_reads.py \
 	tests/conformance/test_rounded.py \
 	tests/kernels/test_scan.py tests/kernels/test_gated_rnn.py tests/kernels/test_long_conv.py \
-	tests/kernels/test_fwht.py tests/kernels/test_peel_bins.py \
+	tests/kernels/test_fwht.py tests/kernels/test_peel_bins.py tests/kernels/test_digit_sums.py \
 	-k "not resident_memory and not finite and not compiles and not longer_chunks and not is_that_of_the_tokens and not lesser_machines and not definition and (native or decoding or every_cut or bias or threads or spans or softcap or scores or bits or stands or failures or lengths or packed or sizes or grouped or chunks)"
 
 docs: $(STAMP)

@@ -3,10 +3,9 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-attention`, `bench-recurrence`, `bench-transforms`, `bench-gaunt`, `bench-convolution` and
-`memory-convolution` from benchmarks/results, as do `precision`, `adaptive` and `selection`; `video` from what
-training/train_video.py measured; `counts` and `left-out` from the package itself. With --check nothing is written:
-exit code 1 names the pages that are out of date.
+`bench-NAME` from benchmarks/results, as do `memory-convolution`, `precision`, `adaptive` and `selection`; `video` from
+what training/train_video.py measured; `counts` and `left-out` from the package itself. With --check nothing is
+written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -112,6 +111,7 @@ def precision_tables(path: Path) -> tuple[str, str]:
     return rows(head, body), rows(["setting", "layers in int8", "mean KL from the exact model"], models)
 
 
+BENCHES = ("attention", "recurrence", "transforms", "qmc", "convolution", "gaunt")
 DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
 
 
@@ -239,7 +239,6 @@ def fill(page: str, tables: dict[str, str]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Fill or check all pages."""
     eighth = compare_table(ROOT / "docs/results/compare-eighth.json")
-    bench = bench_table(ROOT / "benchmarks/results/attention.json")
     precision, adaptive = precision_tables(ROOT / "benchmarks/results/precision.json")
     tables = {
         "precision": precision,
@@ -249,12 +248,8 @@ def main(arguments: Sequence[str]) -> int:
         "compare-eighth": eighth,
         "compare-tuned": compare_table(ROOT / "docs/results/compare-tuned.json"),
         "compare-all": compare_table(ROOT / "docs/results/compare-all.json"),
-        "bench-attention": bench,
-        "bench-recurrence": bench_table(ROOT / "benchmarks/results/recurrence.json"),
-        "bench-transforms": bench_table(ROOT / "benchmarks/results/transforms.json"),
-        "bench-convolution": bench_table(ROOT / "benchmarks/results/convolution.json"),
+        **{f"bench-{name}": bench_table(ROOT / f"benchmarks/results/{name}.json") for name in BENCHES},
         "memory-convolution": memory_table(ROOT / "benchmarks/results/convolution.json"),
-        "bench-gaunt": bench_table(ROOT / "benchmarks/results/gaunt.json"),
         "counts": counts(),
         "left-out": left_out_table(),
         "selection": selection_tables(ROOT / "benchmarks/results/selection.json"),

@@ -74,6 +74,7 @@ def engines() -> list[str]:
 NATIVE = (
     "attend_tiles",
     "choose_keys",
+    "digit_sums",
     "fwht",
     "gated_rnn",
     "long_conv",
