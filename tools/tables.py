@@ -3,8 +3,8 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-NAME` from benchmarks/results, as do `memory-convolution`, `precision`, `adaptive` and `selection`; `video` from
-what training/train_video.py measured; `counts` and `left-out` from the package itself. With --check nothing is
+`bench-NAME` from benchmarks/results, as do `memory-convolution`, `precision`, `adaptive` and `selection`; `video`
+from what training/train_video.py measured; `counts` and `left-out` from the package itself. With --check nothing is
 written: exit code 1 names the pages that are out of date.
 """
 
