@@ -71,7 +71,7 @@ def engines() -> list[str]:
 
 
 # Kernels with a native engine.
-NATIVE = ("attend_tiles", "choose_keys", "gated_rnn", "scan", "selective_scan")
+NATIVE = ("attend_tiles", "choose_keys", "fwht", "gated_rnn", "scan", "selective_scan")
 
 
 def natives() -> dict[str, Sequence[Path]]:
