@@ -20,7 +20,7 @@ def photograph(name: str) -> Tensor:
     from skimage import data
 
     made = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
-    return torch.from_numpy(made).permute(2, 0, 1).float() / 255 - 0.5
+    return torch.tensor(made).permute(2, 0, 1).float() / 255 - 0.5
 
 
 @lru_cache

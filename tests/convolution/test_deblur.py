@@ -39,7 +39,7 @@ def sequence(units: int = 3, keeps: bool = False) -> ReversibleSequence:
 
 @pytest.mark.evidence
 def test_reversible_nets_are_inverted_exactly():
-    """Control: with a shift that is multiplied in the way back, halves are not found again."""
+    """Control: the way back through another block leads elsewhere."""
     net, a, b = sequence(), pyramid(0), pyramid(9)
     made = net(a, b)
     for back, was in zip(net.inverse(*made), (a, b)):
@@ -160,7 +160,8 @@ def test_the_net_and_its_loss():
     plain = DeepRFT(4, head=lambda width, channels: SpatialHead(width, channels, 4))(x)
     assert plain.kernel is None
     torch.testing.assert_close(deblur_loss(plain, sharp, x), (plain.image - sharp).abs().mean())
-    keeping = DeepRFT(4, 3, 2, hidden=6, support=5, keeps=True)
+    net, x, sharp = net.double(), x.double(), sharp.double()
+    keeping = DeepRFT(4, 3, 2, hidden=6, support=5, keeps=True).double()
     keeping.load_state_dict(net.state_dict())
     grads = []
     for made in (net, keeping):
@@ -170,7 +171,7 @@ def test_the_net_and_its_loss():
         grads.append(torch.autograd.grad(loss, list(made.parameters()), allow_unused=True))
     for one, other in zip(*grads):
         assert one is not None and one.abs().sum() > 0
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(

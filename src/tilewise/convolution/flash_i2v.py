@@ -30,8 +30,9 @@ def high_frequencies(image: Tensor, low: float = 0.5, magnitude: bool = True) ->
         raise ValueError(f"image must be [..., H, W, C], got shape {list(image.shape)}")
     height, width = image.shape[-3:-1]
     spectrum = torch.fft.fft2(image, dim=(-3, -2))
-    down, right = (torch.fft.fftfreq(n, 1 / n, device=image.device) for n in (height, width))
-    radius = (down.square().unsqueeze(1) + right.square()).sqrt().flatten()  # [h * w]
+    down, right = (torch.arange(n, device=image.device) for n in (height, width))
+    down, right = (torch.minimum(k, len(k) - k).square() for k in (down, right))
+    radius = (down.unsqueeze(1) + right).flatten()  # squared, [h * w]
     rings, ring = radius.unique(return_inverse=True)
     sizes = spectrum.abs().mean(-1).flatten(-2)  # [..., h * w]
     held = sizes.new_zeros(*sizes.shape[:-1], len(rings)).index_add(-1, ring, sizes)

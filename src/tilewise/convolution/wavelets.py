@@ -149,9 +149,9 @@ def _along(x: Tensor, axis: int, step: Callable[[Tensor], Tensor], joins: bool =
     if joins:
         moved = moved.unflatten(1, (moved.shape[1] // 2, 2)).movedim(2, -2)  # [b, c, ..., 2, n]
         lead = moved.shape[:-2]
-        made = step(moved.reshape(-1, *moved.shape[-2:])).unflatten(0, lead)
+        made = step(moved.flatten(0, -3)).unflatten(0, lead)
     else:
-        made = step(moved.reshape(-1, moved.shape[-1])).unflatten(0, moved.shape[:-1])
+        made = step(moved.flatten(0, -2)).unflatten(0, moved.shape[:-1])
         made = made.movedim(-2, 2).flatten(1, 2)
     return made.movedim(-1, axis)
 
