@@ -1,4 +1,4 @@
-"""Clips for models that go from an image to a video: moving shapes to train on, photographs panned over as others."""
+"""Clips for models that go from an image to a video: moving shapes, and photographs panned over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def panned(count: int, seed: int) -> Tensor:
         frames = []
         for k in range(FRAMES):
             top, left = (
-                round((1 if share < 0.5 else 0) * (room - 1) + (2 * share - 1) * SPEED * k) for share in (y, x)
+                round((1 if share < 0.5 else 0) * (room - 1) + (2 * share - 1) * SPEED * k)
+                for share in (y, x)
             )
             frames.append(image[:, top : top + SIDE, left : left + SIDE])
         made.append(torch.stack(frames))

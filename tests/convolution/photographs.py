@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WEIGHTS = Path(__file__).parent / "weights"
-TRAINED = ("astronaut", "motorcycle", "coffee", "hubble_deep_field", "ihc")
+TRAINED = ("astronaut", "motorcycle", "coffee", "hubble_deep_field", "immunohistochemistry")
 HELD_OUT = ("chelsea", "rocket")
 
 

@@ -7,7 +7,6 @@ from functools import lru_cache
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tests.convolution import photographs as p
 from tests.convolution.blurs import SIDE, at_corner, blurred, centred, correlation, kernels
@@ -179,8 +178,14 @@ def test_the_net_and_its_loss():
     [
         (lambda: FourierKernelEstimator(4, 3, 5), "hidden must be even, got 5"),
         (lambda: FourierKernelEstimator(4, 3, support=4), "support must be an odd integer >= 1, got 4"),
-        (lambda: FourierKernelEstimator(4, 3)(torch.ones(1, 3, 4, 4)), r"features must be \[B, 4, H, W\], got"),
-        (lambda: FourierKernelEstimator(4, 3)(torch.ones(1, 4, 0, 4)), r"features must be \[B, 4, H, W\], got"),
+        (
+            lambda: FourierKernelEstimator(4, 3)(torch.ones(1, 3, 4, 4)),
+            r"features must be \[B, 4, H, W\], got",
+        ),
+        (
+            lambda: FourierKernelEstimator(4, 3)(torch.ones(1, 4, 0, 4)),
+            r"features must be \[B, 4, H, W\], got",
+        ),
         (lambda: DeepRFT()(torch.ones(1, 3, 6, 8)), r"sides multiples of 4, got \[1, 3, 6, 8\]"),
         (lambda: DeepRFT(0), "width must be an integer >= 1, got 0"),
         (lambda: ReversibleSequence([]), "blocks must be one Coupling or more"),
@@ -215,7 +220,9 @@ def test_it_deblurs_and_better_for_its_kernels():
     """Held-out photographs against the blurred ones, and against residual convolutions in the estimator's place
     with as many parameters."""
     assert size("deblur") <= 1.01 * size("deblur-spatial")
-    found, plain, input_ = (quality(x) for x in (answers("deblur").image, answers("deblur-spatial").image, seen()[1]))
+    found, plain, input_ = (
+        quality(x) for x in (answers("deblur").image, answers("deblur-spatial").image, seen()[1])
+    )
     assert plain > input_ + 0.5, (plain, input_)
     assert found > plain + 0.2, (found, plain, input_)
 

@@ -44,7 +44,9 @@ def test_high_frequencies_are_the_fastest_rings():
 def test_magnitudes_do_not_tell_colour():
     x = p.held_out(16, 4).permute(0, 2, 3, 1)
     darker = x - torch.tensor([0.1, 0.2, -0.3])
-    torch.testing.assert_close(high_frequencies(x, 0.0 + 1e-6), high_frequencies(darker, 1e-6), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        high_frequencies(x, 0.0 + 1e-6), high_frequencies(darker, 1e-6), atol=1e-5, rtol=1e-4
+    )
 
 
 class Linear(torch.nn.Module):
@@ -95,11 +97,17 @@ def test_sampling_follows_the_velocity():
         (lambda: high_frequencies(torch.ones(4, 4)), r"image must be \[..., H, W, C\], got shape \[4, 4\]"),
         (lambda: FlashI2V(Linear(), low=-1), "low must be a share"),
         (lambda: FlashI2V(Linear(), 0), "channels must be an integer >= 1, got 0"),
-        (lambda: FlashI2V(Linear())(torch.ones(1, 2, 4, 4, 2), 0.5, torch.ones(1, 4, 4, 3)), r"x must be \[B, T, H, W, 3\]"),
-        (lambda: FlashI2V(Linear())(torch.ones(1, 2, 4, 4, 3), 0.5, torch.ones(1, 4, 5, 3)), r"image must be \[1, 4, 4, 3\], got \[1, 4, 5, 3\]"),
+        (
+            lambda: FlashI2V(Linear())(torch.ones(1, 2, 4, 4, 2), 0.5, torch.ones(1, 4, 4, 3)),
+            r"x must be \[B, T, H, W, 3\]",
+        ),
+        (
+            lambda: FlashI2V(Linear())(torch.ones(1, 2, 4, 4, 3), 0.5, torch.ones(1, 4, 5, 3)),
+            r"image must be \[1, 4, 4, 3\], got \[1, 4, 5, 3\]",
+        ),
         (lambda: flow_sample(lambda x, t: x, torch.ones(1), 0), "steps must be an integer >= 1, got 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

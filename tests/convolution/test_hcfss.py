@@ -40,7 +40,9 @@ def test_an_order_visits_every_place_and_steps_to_neighbours(height: int, width:
     row, column = order // width, order % width
     steps = torch.maximum(row.diff().abs(), column.diff().abs())
     assert (steps <= 1).all()
-    line = {"rows": row, "columns": column, "diagonals": row + column, "antidiagonals": row - column}[direction]
+    line = {"rows": row, "columns": column, "diagonals": row + column, "antidiagonals": row - column}[
+        direction
+    ]
     assert ((line.diff() == 0) | (line.diff() == 1)).all()  # a line is read whole before the next
 
 
@@ -138,7 +140,9 @@ def test_attention_is_within_windows():
         [layer.bias[:, (a - c + 1) * 3 + b - d + 1] for a, b in places for c, d in places], 1
     ).unflatten(1, (4, 4))
     weights = (q @ k.mT / 2**0.5 + bias).softmax(2)
-    torch.testing.assert_close(made[0, 2:, :2].flatten(0, 1), layer.out((weights @ v).transpose(0, 1).flatten(1)))
+    torch.testing.assert_close(
+        made[0, 2:, :2].flatten(0, 1), layer.out((weights @ v).transpose(0, 1).flatten(1))
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 9), (3, 2)])
@@ -159,7 +163,7 @@ def test_a_latent_costs_what_the_distribution_says():
     x = torch.arange(-40.0, 41.0).double()
     for distribution, scale in ((_normal, 1.3), (torch.sigmoid, 0.7), (_normal, 0.11)):
         spread = torch.full_like(x, scale)
-        bits = torch.stack([_bits(distribution, one[None], spread[:1])[0] for one in x])
+        bits = torch.stack([_bits(distribution, one[None, None], spread[:1])[0] for one in x])
         assert (2**-bits).sum().item() == pytest.approx(1, abs=1e-6)
     found = _bits(_normal, torch.tensor([[2.0, -0.3]]), torch.tensor([[1.5, 0.5]]))
     normal = torch.distributions.Normal(0.0, 1.0)
@@ -174,7 +178,9 @@ def test_the_codec_learns_everywhere_and_rounds_when_tested():
     coded = codec(x)
     assert coded.images.shape == x.shape and coded.bits.shape == (2,) and (coded.bits > 0).all()
     rate_distortion(coded, x).backward()
-    idle = [name for name, part in codec.named_parameters() if part.grad is None or not part.grad.abs().sum() > 0]
+    idle = [
+        name for name, part in codec.named_parameters() if part.grad is None or not part.grad.abs().sum() > 0
+    ]
     # A net whose last layer starts at zero teaches the layers before it from its second step on.
     assert all(name.split(".net.")[-1].startswith("0.") for name in idle), idle
     codec.eval()
@@ -190,7 +196,11 @@ def test_the_codec_learns_everywhere_and_rounds_when_tested():
 
 def test_blocks_take_any_grid():
     torch.manual_seed(0)
-    for layer in (VFSS(4, window=4, states=2), FSTAM(4, window=4, shifted=True), VONSS(4, directions=["rows"])):
+    for layer in (
+        VFSS(4, window=4, states=2),
+        FSTAM(4, window=4, shifted=True),
+        VONSS(4, directions=["rows"]),
+    ):
         for height, width in GRIDS:
             assert layer(torch.randn(2, height, width, 4)).shape == (2, height, width, 4)
     assert VONSS(4)(torch.randn(0, 2, 2, 4)).shape == (0, 2, 2, 4)
@@ -208,10 +218,13 @@ def test_blocks_take_any_grid():
         (lambda: AFMM(4, 0), "window must be an integer >= 1, got 0"),
         (lambda: AFMM(4)(torch.ones(1, 2, 2, 3)), r"x must be \[B, H, W, 4\], got \[1, 2, 2, 3\]"),
         (lambda: HCFSS(7), "width must be an even integer >= 2, got 7"),
-        (lambda: HCFSS(far=lambda width: None, states=2), "settings are of VFSS and far is given; got states"),
+        (
+            lambda: HCFSS(far=lambda width: None, states=2),
+            "settings are of VFSS and far is given; got states",
+        ),
         (lambda: HCFSS()(torch.ones(1, 3, 16, 24)), r"sides multiples of 16, got \[1, 3, 16, 24\]"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

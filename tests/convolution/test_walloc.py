@@ -104,29 +104,67 @@ def test_empty_and_expanded_inputs():
     x = draw(8, 8)
     wide = x.expand(2, 3, 8, 8)
     torch.testing.assert_close(wavelet_packet(wide, 2), wavelet_packet(wide.contiguous(), 2))
-    torch.testing.assert_close(wavelet_packet(x[None, None].mT, 1), wavelet_packet(x.T.contiguous()[None, None], 1))
+    torch.testing.assert_close(
+        wavelet_packet(x[None, None].mT, 1), wavelet_packet(x.T.contiguous()[None, None], 1)
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: wavelet_packet(draw(1, 1, 10, 8), 2), ValueError, r"multiples of 2 \*\* levels = 4, got \[10, 8\]; the nearest to 10 are 8 and 12"),
-        (lambda: wavelet_packet(draw(1, 1, 8), 1), ValueError, r"x must be \[B, C, H, W\], got shape \[1, 1, 8\]"),
+        (
+            lambda: wavelet_packet(draw(1, 1, 10, 8), 2),
+            ValueError,
+            r"multiples of 2 \*\* levels = 4, got \[10, 8\]; the nearest to 10 are 8 and 12",
+        ),
+        (
+            lambda: wavelet_packet(draw(1, 1, 8), 1),
+            ValueError,
+            r"x must be \[B, C, H, W\], got shape \[1, 1, 8\]",
+        ),
         (lambda: wavelet_packet(draw(1, 1, 8), 1, dims=3), ValueError, "dims must be 1 or 2, got 3"),
-        (lambda: wavelet_packet(draw(1, 1, 8), -1, dims=1), ValueError, "levels must be an integer >= 0, got -1"),
-        (lambda: wavelet_packet(torch.ones(1, 1, 8, dtype=torch.int64), 1, dims=1), TypeError, "x must be float32 or float64, got torch.int64"),
-        (lambda: wavelet_packet(draw(1, 1, 8), 1, dims=1, extension="zero"), ValueError, "extension must be one of 'symmetric', 'periodic', got 'zero'"),
-        (lambda: inverse_wavelet_packet(draw(1, 6, 8, 8), 1), ValueError, r"bands must have a multiple of 2 \*\* \(dims \* levels\) = 4 channels, got 6"),
+        (
+            lambda: wavelet_packet(draw(1, 1, 8), -1, dims=1),
+            ValueError,
+            "levels must be an integer >= 0, got -1",
+        ),
+        (
+            lambda: wavelet_packet(torch.ones(1, 1, 8, dtype=torch.int64), 1, dims=1),
+            TypeError,
+            "x must be float32 or float64, got torch.int64",
+        ),
+        (
+            lambda: wavelet_packet(draw(1, 1, 8), 1, dims=1, extension="zero"),
+            ValueError,
+            "extension must be one of 'symmetric', 'periodic', got 'zero'",
+        ),
+        (
+            lambda: inverse_wavelet_packet(draw(1, 6, 8, 8), 1),
+            ValueError,
+            r"bands must have a multiple of 2 \*\* \(dims \* levels\) = 4 channels, got 6",
+        ),
         (lambda: Filters((1.0, 2.0), (1.0,)), ValueError, "analysis must be an odd number of taps"),
         (lambda: WaLLoC(latent=0), ValueError, "latent must be an integer >= 1, got 0"),
         (lambda: WaLLoC(bits=1), ValueError, "bits must be an integer from 2 to 16, got 1"),
-        (lambda: WaLLoC(transform="dct"), ValueError, "transform must be one of 'wavelet', 'patches', got 'dct'"),
-        (lambda: WaLLoC()(torch.ones(1, 1, 8, 8)), ValueError, r"x must be \[B, 3, H, W\], got \[1, 1, 8, 8\]"),
+        (
+            lambda: WaLLoC(transform="dct"),
+            ValueError,
+            "transform must be one of 'wavelet', 'patches', got 'dct'",
+        ),
+        (
+            lambda: WaLLoC()(torch.ones(1, 1, 8, 8)),
+            ValueError,
+            r"x must be \[B, 3, H, W\], got \[1, 1, 8, 8\]",
+        ),
         (lambda: WaLLoC().decode(torch.ones(1, 3, 8, 8)), ValueError, r"latents must be \[B, 12, ...\]"),
-        (lambda: WaLLoC(transform="patches")(torch.ones(1, 3, 9, 8)), ValueError, r"multiples of 2 \*\* levels = 8, got \[9, 8\]"),
+        (
+            lambda: WaLLoC(transform="patches")(torch.ones(1, 3, 9, 8)),
+            ValueError,
+            r"multiples of 2 \*\* levels = 8, got \[9, 8\]",
+        ),
         (lambda: entropy(torch.ones(3)), ValueError, r"codes must be \[B, C, ...\]"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -116,7 +116,9 @@ class DeepRFT(nn.Module):
         return Deblurred(image - self.head.finish(features, kernels), kernels[:, 0])
 
 
-def deblur_loss(out: Deblurred, sharp: Tensor, blurred: Tensor, reblur: float = 1.0, margin: int = 8) -> Tensor:
+def deblur_loss(
+    out: Deblurred, sharp: Tensor, blurred: Tensor, reblur: float = 1.0, margin: int = 8
+) -> Tensor:
     """Mean absolute error, and `reblur` times that of the sharp image convolved with the kernel against the
     blurred one, `margin` pixels from the border, beyond which a circular convolution sees another scene."""
     loss = F.l1_loss(out.image, sharp)

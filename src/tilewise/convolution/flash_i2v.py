@@ -69,7 +69,9 @@ class FlashI2V(nn.Module):
         check_width(channels, 1, "channels")
         high_frequencies(torch.zeros(1, 1, 1), low)  # refuses other shares
         self.denoiser, self.channels, self.low, self.guide = denoiser, channels, low, guide
-        self.project = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="replicate") if shift else None
+        self.project = (
+            nn.Conv2d(channels, channels, 3, padding=1, padding_mode="replicate") if shift else None
+        )
         if self.project is not None:
             nn.init.dirac_(self.project.weight)
             nn.init.zeros_(self.project.bias)

@@ -113,8 +113,13 @@ class WindowAttention(nn.Module):
             areas[:, : self.shift] += 2
             areas[:, :, : self.shift] += 4
             areas = areas.roll((-self.shift, -self.shift), (1, 2))
-        tokens, area = to_windows(x, side), to_windows(areas, side).flatten(3)  # [b, h, w, s, s, c], [1, h, w, n]
-        q, k, v = self.qkv(tokens.flatten(3, 4)).unflatten(-1, (3, self.heads, -1)).permute(4, 0, 1, 2, 5, 3, 6)
+        tokens, area = (
+            to_windows(x, side),
+            to_windows(areas, side).flatten(3),
+        )  # [b, h, w, s, s, c], [1, h, w, n]
+        q, k, v = (
+            self.qkv(tokens.flatten(3, 4)).unflatten(-1, (3, self.heads, -1)).permute(4, 0, 1, 2, 5, 3, 6)
+        )
         same = area.unsqueeze(3) == area.unsqueeze(4)  # [1, h, w, n, n]
         bias = self.bias[:, self._differences(x.device)]  # [heads, n, n]
         mask = torch.where(same.unsqueeze(3), bias, -torch.inf).to(q.dtype)
@@ -139,7 +144,9 @@ class FSTAM(nn.Module):
     hidden: of the perceptron, as a multiple of the width.
     """
 
-    def __init__(self, width: int, heads: int = 2, window: int = 4, shifted: bool = False, hidden: int = 2) -> None:
+    def __init__(
+        self, width: int, heads: int = 2, window: int = 4, shifted: bool = False, hidden: int = 2
+    ) -> None:
         super().__init__()
         self.attention = WindowAttention(width, heads, window, shifted)
         self.frequencies = AFMM(width, window)

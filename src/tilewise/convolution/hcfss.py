@@ -108,7 +108,9 @@ class HCFSS(nn.Module):
         )  # fmt: skip
         self.to_side = nn.Sequential(nn.Conv2d(latent, side, 3, 2, 1), _Tokens(FSTAM(side, heads)))
         self.from_side = nn.Sequential(
-            _Tokens(FSTAM(side, heads, shifted=True)), *_doubled(side, latent), nn.Conv2d(latent, 2 * latent, 1)
+            _Tokens(FSTAM(side, heads, shifted=True)),
+            *_doubled(side, latent),
+            nn.Conv2d(latent, 2 * latent, 1),
         )
         self.prior = nn.Parameter(torch.zeros(2, side))
 

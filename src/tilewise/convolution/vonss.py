@@ -113,7 +113,9 @@ class VONSS(nn.Module):
         scans, channels = 2 * len(self.directions), width * expand
         self.inner, self.gate = (nn.Linear(width, channels, bias=False) for _ in range(2))
         self.near = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.select = nn.Parameter(torch.empty(scans, channels, sum(self.sizes)).uniform_(-1, 1) * channels**-0.5)
+        self.select = nn.Parameter(
+            torch.empty(scans, channels, sum(self.sizes)).uniform_(-1, 1) * channels**-0.5
+        )
         self.step = nn.Parameter(torch.empty(scans, rank, channels).uniform_(-1, 1) * rank**-0.5)
         first = torch.empty(scans, 1, channels).uniform_(math.log(least), math.log(most)).exp()
         self.step_bias = nn.Parameter(first + torch.log(-torch.expm1(-first)))  # softplus of it is the step

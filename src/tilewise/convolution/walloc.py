@@ -57,7 +57,9 @@ class WaLLoC(nn.Module):
         if not isinstance(bits, int) or not 2 <= bits <= 16:
             raise ValueError(f"bits must be an integer from 2 to 16, got {bits!r}")
         if transform not in TRANSFORMS:
-            raise ValueError(f"transform must be one of {', '.join(map(repr, TRANSFORMS))}, got {transform!r}")
+            raise ValueError(
+                f"transform must be one of {', '.join(map(repr, TRANSFORMS))}, got {transform!r}"
+            )
         self.channels, self.latent, self.levels, self.dims = channels, latent, levels, dims
         self.noise, self.transform, self.extension = noise, transform, extension
         self.limit = 2.0 ** (bits - 1) - 0.501  # rounds to one less
@@ -92,7 +94,9 @@ class WaLLoC(nn.Module):
     def _analysed(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.ndim != 2 + self.dims or x.shape[1] != self.channels:
             given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be [B, {self.channels}, {'N' if self.dims == 1 else 'H, W'}], got {given}")
+            raise ValueError(
+                f"x must be [B, {self.channels}, {'N' if self.dims == 1 else 'H, W'}], got {given}"
+            )
         if self.transform == "wavelet":
             return wavelet_packet(x, self.levels, dims=self.dims, extension=self.extension)
         return _cut(x, self.levels, self.dims)

@@ -175,7 +175,9 @@ def _split(rows: Tensor, filters: Filters, extension: str) -> Tensor:
     high = _placed(_turned(filters.synthesis), reach, 1, rows)
     if not rows.numel():
         return rows.new_zeros(rows.shape[0], 2, rows.shape[1] // 2)
-    return F.conv1d(_extended(rows.unsqueeze(1), reach, extension), torch.stack((low, high)).unsqueeze(1), stride=2)
+    return F.conv1d(
+        _extended(rows.unsqueeze(1), reach, extension), torch.stack((low, high)).unsqueeze(1), stride=2
+    )
 
 
 def _join(bands: Tensor, filters: Filters, extension: str) -> Tensor:
@@ -187,7 +189,9 @@ def _join(bands: Tensor, filters: Filters, extension: str) -> Tensor:
     spread = bands.new_zeros(count, 2, half, 2)  # low at even places, high at odd, zeros between
     spread[:, 0, :, 0], spread[:, 1, :, 1] = bands[:, 0], bands[:, 1]
     taps = (_placed(part, reach, 0, bands) for part in (filters.synthesis, _turned(filters.analysis)))
-    return F.conv1d(_extended(spread.flatten(2), reach, extension), torch.stack(tuple(taps)).unsqueeze(0))[:, 0]
+    return F.conv1d(_extended(spread.flatten(2), reach, extension), torch.stack(tuple(taps)).unsqueeze(0))[
+        :, 0
+    ]
 
 
 def _turned(taps: tuple[float, ...]) -> tuple[float, ...]:
