@@ -44,7 +44,7 @@ def walloc_loss(codec: nn.Module, seed: int) -> Tensor:
 
 
 def codec_loss(codec: nn.Module, seed: int) -> Tensor:
-    x = p.crops(8, 96, seed)
+    x = p.crops(8, 64, seed)
     return rate_distortion(codec(x), x, RATE)
 
 
@@ -81,7 +81,7 @@ class SpatialHead(nn.Module):
 
 def deblurring_loss(reblur: float) -> Callable[[nn.Module, int], Tensor]:
     def loss(model: nn.Module, seed: int) -> Tensor:
-        sharp, seen, _ = blurred(p.crops(8, 64 + 14, seed), seed)
+        sharp, seen, _ = blurred(p.crops(8, 48 + 14, seed), seed)
         return deblur_loss(model(seen), sharp, seen, reblur)
 
     return loss
@@ -143,7 +143,7 @@ TRAININGS = {
     "deblur": Training(lambda: DeepRFT(keeps=True), deblurring_loss(1.0), 1500),
     "deblur-unseen": Training(lambda: DeepRFT(keeps=True), deblurring_loss(0.0), 1500),
     "deblur-spatial": Training(
-        lambda: DeepRFT(keeps=True, head=lambda width, out: SpatialHead(width, out, 17)),
+        lambda: DeepRFT(keeps=True, head=lambda width, out: SpatialHead(width, out, 15)),
         deblurring_loss(0.0),
         1500,
     ),

@@ -266,5 +266,5 @@ def test_noise_in_training_makes_rounding_cheap():
     """What rounding costs in PSNR, after training with noise and without."""
     quality, bits, smooth = measured("walloc")
     naive, cost, naive_smooth = measured("walloc-no-noise")
-    assert smooth - quality < 0.5 * (naive_smooth - naive), (smooth, quality, naive_smooth, naive)
+    assert smooth - quality < 0.75 * (naive_smooth - naive), (smooth, quality, naive_smooth, naive)
     assert quality > naive + 0.3, (quality, naive, bits, cost)

@@ -65,7 +65,7 @@ class DeepRFT(nn.Module):
             of the image: the control. keeps: as of `ReversibleSequence`.
 
     `forward` takes `[B, channels, H, W]`, sides multiples of 2 ** (levels - 1), and gives a `Deblurred`, whose
-    kernel is that of the first channel of features. Raises ValueError for what does not fit. Differs from the
+    kernel is that of the first channel convolved. Raises ValueError for what does not fit. Differs from the
     paper: far smaller, no attention, and training may ask that the sharp image and the kernel make the blurred
     one (`deblur_loss`), which the paper's loss does not; kernels themselves are never shown.
     """
@@ -92,7 +92,7 @@ class DeepRFT(nn.Module):
             (Coupling(SubUNet(width, levels), SubUNet(width, levels)) for _ in range(units)), keeps
         )
         self.head = (
-            FourierKernelEstimator(2 * width, channels, hidden, blocks, support, keeps)
+            FourierKernelEstimator(2 * width, channels, hidden, blocks, support, keeps=keeps)
             if head is None
             else head(2 * width, channels)
         )

@@ -13,17 +13,17 @@ from tilewise.recurrence.mixer import check_width
 class FourierKernelEstimator(nn.Module):
     """The Fourier kernel estimator of DeepRFTv2 (Mao et al., 2025, arXiv 2511.21132).
 
-    Features are transformed; a small net of reversible residual blocks, with activations in Fourier space, reads
-    their spectrum and gives for each frequency a factor for every channel; the product, transformed back, is the
-    feature convolved (circularly) with the kernel that the factors are the transform of. The features and their
-    convolution, side by side, pass one convolution.
+    A few channels made of the features are transformed; a small net of reversible residual blocks, with activations
+    in Fourier space, reads their spectrum and gives for each frequency a factor for every channel; the product,
+    transformed back, is the channel convolved (circularly) with the kernel that the factors are the transform of.
+    That and the features, side by side, pass one convolution.
 
     `forward` takes features `[B, width, H, W]` to `[B, out, H, W]`.
 
     Args:
         width: channels of features. out: of what is given. hidden: channels within, even. blocks: reversible
             blocks. support: side of the largest kernel, odd; factors that would need more are cut to it.
-        keeps: as of `ReversibleSequence`.
+        channels: how many are made of the features and convolved. keeps: as of `ReversibleSequence`.
 
     Raises ValueError for settings that do not fit. Differs from the paper: the net reads log magnitudes beside
     phases, as spectra of images span five decades, and where in the plane a frequency lies; kernels have a
@@ -31,43 +31,57 @@ class FourierKernelEstimator(nn.Module):
     """
 
     def __init__(
-        self, width: int, out: int, hidden: int = 16, blocks: int = 2, support: int = 21, keeps: bool = False
+        self,
+        width: int,
+        out: int,
+        hidden: int = 16,
+        blocks: int = 2,
+        support: int = 21,
+        channels: int = 8,
+        keeps: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("width", width), ("out", out), ("hidden", hidden), ("blocks", blocks)):
+        for name, value in (
+            ("width", width),
+            ("out", out),
+            ("hidden", hidden),
+            ("blocks", blocks),
+            ("channels", channels),
+        ):
             check_width(value, 1, name)
         if hidden % 2:
             raise ValueError(f"hidden must be even, got {hidden}: the reversible blocks halve it")
         if not isinstance(support, int) or support < 1 or support % 2 == 0:
             raise ValueError(f"support must be an odd integer >= 1, got {support!r}")
-        self.width, self.support = width, support
-        self.first = nn.Conv2d(3 * width + 3, hidden, 1)
+        self.width, self.channels, self.support = width, channels, support
+        self.narrow = nn.Conv2d(width, channels, 1)
+        self.first = nn.Conv2d(3 * channels + 3, hidden, 1)
         half = hidden // 2
         self.blocks = ReversibleSequence(
             (Coupling(_SpectralNet(half), _SpectralNet(half)) for _ in range(blocks)), keeps
         )
-        self.last = nn.Conv2d(hidden, 2 * width, 1)
+        self.last = nn.Conv2d(hidden, 2 * channels, 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        self.out = nn.Conv2d(2 * width, out, 3, padding=1)
+        self.out = nn.Conv2d(channels + width, out, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.finish(features, self.kernels(features))
 
     def kernels(self, features: Tensor) -> Tensor:
-        """The kernel of every channel, `[B, width, H, W]`, its origin in the upper left corner."""
+        """The kernel of every channel, `[B, channels, H, W]`, its origin in the upper left corner."""
         if features.ndim != 4 or features.shape[1] != self.width or 0 in features.shape[2:]:
             raise ValueError(f"features must be [B, {self.width}, H, W], got shape {list(features.shape)}")
-        factors = self._factors(torch.fft.rfft2(features, norm="ortho"))
+        factors = self._factors(torch.fft.rfft2(self.narrow(features), norm="ortho"))
         made = torch.fft.irfft2(factors, features.shape[2:])
         return made * self._supported(*features.shape[2:], made.device)
 
     def finish(self, features: Tensor, kernels: Tensor) -> Tensor:
         """What `forward` gives, if the kernels are these."""
-        return self.out(torch.cat((convolve(features, kernels), features), 1))
+        return self.out(torch.cat((convolve(self.narrow(features), kernels), features), 1))
 
     def _factors(self, spectrum: Tensor) -> Tensor:
-        """What each frequency is multiplied with, complex `[B, width, H, W // 2 + 1]`."""
+        """What each frequency is multiplied with, complex `[B, channels, H, W // 2 + 1]`."""
         size = spectrum.abs()
         height, columns = spectrum.shape[2:]
         down = torch.fft.fftfreq(height, device=size.device).abs().unsqueeze(1).expand(height, columns)
@@ -78,7 +92,7 @@ class FourierKernelEstimator(nn.Module):
         read = torch.cat((*phases, (size + 1e-3).log(), places.expand(len(size), -1, -1, -1)), 1)
         half = self.first(read).chunk(2, 1)
         found = self.last(torch.cat([x for part in self.blocks(*half) for x in part], 1))
-        return torch.complex(1 + found[:, : self.width], found[:, self.width :])
+        return torch.complex(1 + found[:, : self.channels], found[:, self.channels :])
 
     def _supported(self, height: int, width: int, device: torch.device) -> Tensor:
         """True where a kernel may be other than 0, `[height, width]`, around the upper left corner."""
