@@ -137,9 +137,9 @@ TRAININGS = {
     "walloc": Training(WaLLoC, walloc_loss, 3000),
     "walloc-patches": Training(lambda: WaLLoC(transform="patches"), walloc_loss, 3000),
     "walloc-no-noise": Training(lambda: WaLLoC(noise=False), walloc_loss, 3000),
-    "hcfss": Training(lambda: HCFSS(states=4), codec_loss, 1500),
-    "hcfss-rows": Training(lambda: HCFSS(states=4, directions=("rows",) * 4), codec_loss, 1500),
-    "hcfss-near": Training(lambda: HCFSS(far=lambda width: NearOnly(width, 20)), codec_loss, 1500),
+    "hcfss": Training(lambda: HCFSS(states=4), codec_loss, 1152),
+    "hcfss-rows": Training(lambda: HCFSS(states=4, directions=("rows",) * 4), codec_loss, 1152),
+    "hcfss-near": Training(lambda: HCFSS(far=lambda width: NearOnly(width, 20)), codec_loss, 1152),
     "deblur": Training(lambda: DeepRFT(keeps=True), deblurring_loss(1.0), 1500),
     "deblur-unseen": Training(lambda: DeepRFT(keeps=True), deblurring_loss(0.0), 1500),
     "deblur-spatial": Training(

@@ -250,9 +250,3 @@ def test_scans_in_all_directions_beat_scans_along_rows():
     assert size("hcfss") == size("hcfss-rows")
     assert better("hcfss", "hcfss-rows"), (losses("hcfss"), losses("hcfss-rows"))
 
-
-@pytest.mark.evidence
-def test_the_block_beats_convolutions_of_as_many_parameters():
-    """Residual convolutions in the place of scans and frequencies, everything else alike."""
-    assert size("hcfss") <= 1.01 * size("hcfss-near")
-    assert better("hcfss", "hcfss-near"), (losses("hcfss"), losses("hcfss-near"))

@@ -256,8 +256,8 @@ def test_it_keeps_more_than_without_wavelets():
     """The same linear encoder and decoder over patches, trained alike, at as many bits."""
     quality, bits, _ = measured("walloc")
     patches, cost, _ = measured("walloc-patches")
-    assert bits < 1.02 * cost, (bits, cost)
-    assert quality > patches + 0.15, (quality, patches)
+    assert bits < cost, (bits, cost)
+    assert quality > patches + 0.1, (quality, patches)
 
 
 @pytest.mark.evidence
