@@ -249,4 +249,3 @@ def test_scans_in_all_directions_beat_scans_along_rows():
     """As many scans and parameters, all along rows: bits and error of held-out photographs together."""
     assert size("hcfss") == size("hcfss-rows")
     assert better("hcfss", "hcfss-rows"), (losses("hcfss"), losses("hcfss-rows"))
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class FlashI2V(nn.Module):
         )
         if self.project is not None:
             nn.init.dirac_(self.project.weight)
-            nn.init.zeros_(self.project.bias)
+            nn.init.zeros_(cast(Tensor, self.project.bias))
 
     def forward(self, x: Tensor, t: Tensor | float, image: Tensor) -> Tensor:
         """The velocity at `x [B, T, H, W, channels]`, not shifted, and time `t`, a number or `[B]`, of clips that

@@ -61,8 +61,8 @@ class FourierKernelEstimator(nn.Module):
             (Coupling(_SpectralNet(half), _SpectralNet(half)) for _ in range(blocks)), keeps
         )
         self.last = nn.Conv2d(hidden, 2 * channels, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for part in self.last.parameters():
+            nn.init.zeros_(part)
         self.out = nn.Conv2d(channels + width, out, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class FourierKernelEstimator(nn.Module):
             raise ValueError(f"features must be [B, {self.width}, H, W], got shape {list(features.shape)}")
         factors = self._factors(torch.fft.rfft2(self.narrow(features), norm="ortho"))
         made = torch.fft.irfft2(factors, features.shape[2:])
-        return made * self._supported(*features.shape[2:], made.device)
+        return made * self._supported(made)
 
     def finish(self, features: Tensor, kernels: Tensor) -> Tensor:
         """What `forward` gives, if the kernels are these."""
@@ -94,10 +94,10 @@ class FourierKernelEstimator(nn.Module):
         found = self.last(torch.cat([x for part in self.blocks(*half) for x in part], 1))
         return torch.complex(1 + found[:, : self.channels], found[:, self.channels :])
 
-    def _supported(self, height: int, width: int, device: torch.device) -> Tensor:
-        """True where a kernel may be other than 0, `[height, width]`, around the upper left corner."""
-        down, right = (torch.arange(n, device=device) for n in (height, width))
-        far = (torch.minimum(x, n - x) <= self.support // 2 for x, n in ((down, height), (right, width)))
+    def _supported(self, kernels: Tensor) -> Tensor:
+        """True where a kernel may be other than 0, `[H, W]`, around the upper left corner."""
+        places = (torch.arange(n, device=kernels.device) for n in kernels.shape[2:])
+        far = (torch.minimum(x, len(x) - x) <= self.support // 2 for x in places)
         return torch.logical_and(*torch.meshgrid(*far, indexing="ij"))
 
 

@@ -61,9 +61,10 @@ class AFMM(nn.Module):
         one = dct(torch.eye(window, dtype=torch.float64), 0)
         self.register_buffer("basis", torch.kron(one, one), persistent=False)
         self.weights = nn.Parameter(torch.zeros(window * window, width))
-        self.net = nn.Sequential(nn.Linear(window**2, hidden), nn.SiLU(), nn.Linear(hidden, window**2))
-        nn.init.zeros_(self.net[2].weight)
-        nn.init.zeros_(self.net[2].bias)
+        last = nn.Linear(hidden, window**2)
+        self.net = nn.Sequential(nn.Linear(window**2, hidden), nn.SiLU(), last)
+        for part in last.parameters():
+            nn.init.zeros_(part)
         self.out = nn.Linear(width, width)
 
     def spectrum(self, x: Tensor) -> Tensor:

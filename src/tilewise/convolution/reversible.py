@@ -54,8 +54,8 @@ class ReversibleSequence(nn.Module):
             raise ValueError("blocks must be one Coupling or more")
         self.keeps = keeps
 
-    def forward(self, a: Tensor | Pyramid, b: Tensor | Pyramid) -> tuple[Pyramid, Pyramid]:
-        a, b = _tuple(a), _tuple(b)
+    def forward(self, first: Tensor | Pyramid, second: Tensor | Pyramid) -> tuple[Pyramid, Pyramid]:
+        a, b = _tuple(first), _tuple(second)
         if self.keeps or not torch.is_grad_enabled():
             for block in self.blocks:
                 a, b = block(a, b)
@@ -64,9 +64,9 @@ class ReversibleSequence(nn.Module):
         made = _Reversed.apply(self, len(a), *a, *b, *weights)
         return made[: len(a)], made[len(a) :]
 
-    def inverse(self, a: Tensor | Pyramid, b: Tensor | Pyramid) -> tuple[Pyramid, Pyramid]:
-        """What `forward` made `a` and `b` of, up to rounding."""
-        a, b = _tuple(a), _tuple(b)
+    def inverse(self, first: Tensor | Pyramid, second: Tensor | Pyramid) -> tuple[Pyramid, Pyramid]:
+        """What `forward` made these halves of, up to rounding."""
+        a, b = _tuple(first), _tuple(second)
         for block in reversed(self.blocks):
             a, b = block.inverse(a, b)  # type: ignore[operator]
         return a, b
@@ -90,7 +90,7 @@ class _Reversed(torch.autograd.Function):
         return (*a, *b)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+    def backward(ctx, *grads: Tensor):
         saved, split = ctx.saved_tensors, ctx.split
         a, b = saved[:split], saved[split:]
         d_a, d_b = grads[:split], grads[split:]

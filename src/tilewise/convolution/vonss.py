@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class _Read(torch.autograd.Function):
         return _gathered(x, orders)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         orders, places = ctx.saved_tensors
         return _Write.apply(grad, orders, places), None, None
 
@@ -64,7 +64,7 @@ class _Write(torch.autograd.Function):
         return made
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return _Read.apply(grad, *ctx.saved_tensors), None, None
 
 
@@ -138,10 +138,9 @@ class VONSS(nn.Module):
         read = _Read.apply(inner, orders, places)  # [b, k, n, c]
         rank, to_state, to_out = (read @ self.select).split(self.sizes, 3)
         delta = F.softplus(rank @ self.step + self.step_bias)
-        made = selective_scan(
-            _together(read), _together(delta), -self.log_rate.exp(), to_state, to_out, D=self.skip
-        )
-        made = _Write.apply(made.unflatten(2, (len(orders), -1)).movedim(2, 1), orders, places)
+        rates = -self.log_rate.exp()
+        found = selective_scan(_together(read), _together(delta), rates, to_state, to_out, D=self.skip)
+        made = _Write.apply(cast(Tensor, found).unflatten(2, (len(orders), -1)).movedim(2, 1), orders, places)
         return self.out(self.norm(made).unflatten(1, (height, width)) * F.silu(self.gate(x)))
 
 

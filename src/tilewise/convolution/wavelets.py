@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EXTENSIONS = {"symmetric": "reflect", "periodic": "circular"}  # and what `F.pad` calls them
-# Rows up to this long are split by one matrix product if there are many. Sixteen crops of 96 x 96 in three levels took
-# 36 ms and 33 ms back on one core, and 68 and 176 as convolutions of single channels.
+# Rows up to this long are split by one matrix product if there are many. Sixteen crops of 96 x 96 took 36 ms and 33
+# back for three levels on one core, and 68 and 176 as convolutions of single channels.
 DENSE = 256
 
 
