@@ -1,0 +1,241 @@
+"""DeepRFTv2: kernels found in Fourier space, reversible nets, and sharper photographs for both."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.convolution import photographs as p
+from tests.convolution.blurs import SIDE, at_corner, blurred, centred, correlation, kernels
+from tests.convolution.image_models import SpatialHead, size, trained
+from tilewise.convolution import (
+    Coupling,
+    Deblurred,
+    DeepRFT,
+    FourierKernelEstimator,
+    ReversibleSequence,
+    SubUNet,
+    convolve,
+    deblur_loss,
+)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pyramid(seed: int, levels: int = 3, width: int = 4, side: int = 16) -> tuple[Tensor, ...]:
+    return tuple(draw(2, width, side >> level, side >> level, seed=seed + level) for level in range(levels))
+
+
+def sequence(units: int = 3, keeps: bool = False) -> ReversibleSequence:
+    torch.manual_seed(0)
+    return ReversibleSequence((Coupling(SubUNet(4, 3), SubUNet(4, 3)) for _ in range(units)), keeps).double()
+
+
+@pytest.mark.evidence
+def test_reversible_nets_are_inverted_exactly():
+    """Control: the way back through another block leads elsewhere."""
+    net, a, b = sequence(), pyramid(0), pyramid(9)
+    made = net(a, b)
+    for back, was in zip(net.inverse(*made), (a, b)):
+        for one, other in zip(back, was):
+            torch.testing.assert_close(one, other)
+    assert all((x - y).abs().max() > 0.1 for x, y in zip(made[0], a))
+    wrong = Coupling.inverse(net.blocks[0], *(net.blocks[1](a, b)))
+    assert (wrong[0][0] - a[0]).abs().max() > 1e-3
+
+
+def kept_bytes(net: ReversibleSequence, a, b) -> int:
+    """Of activations that autograd holds after a forward pass, each memory once; weights apart."""
+    held: dict[int, int] = {}
+    weights = {part.untyped_storage().data_ptr() for part in net.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in weights:
+            held[memory.data_ptr()] = memory.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        made = net(a, b)
+        assert made[0][0].requires_grad
+    return sum(held.values())
+
+
+@pytest.mark.evidence
+def test_reversible_nets_keep_no_more_activations_when_deeper():
+    """The same gradients; activations held do not grow with depth. Control: a net that keeps them."""
+    a, b = pyramid(0), pyramid(9)
+    counts = {}
+    for units in (2, 8):
+        for keeps in (False, True):
+            counts[units, keeps] = kept_bytes(sequence(units, keeps), a, b)
+    assert counts[8, False] == counts[2, False]
+    assert counts[8, True] > 3.5 * counts[2, True]
+    assert counts[2, False] < 0.25 * counts[2, True], counts
+    grads = []
+    for keeps in (False, True):
+        net = sequence(3, keeps)
+        given = [x.clone().requires_grad_() for x in (*a, *b)]
+        one, two = net(tuple(given[:3]), tuple(given[3:]))
+        loss = sum((k + 1) * x.square().sum() for k, x in enumerate((*one, *two)))
+        grads.append(torch.autograd.grad(loss, [*given, *net.parameters()]))
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
+def test_single_tensors_shared_blocks_and_frozen_weights():
+    torch.manual_seed(0)
+    shared = Coupling(nn.Linear(3, 3), nn.Linear(3, 3))
+    nets = [ReversibleSequence([shared, shared], keeps).double() for keeps in (False, True)]
+    a, b = draw(2, 3).requires_grad_(), draw(2, 3, seed=1)
+    shared.first.bias.requires_grad_(False)
+    found = []
+    for net in nets:
+        (one,), (two,) = net(a, b)
+        part = [a, *(weight for weight in net.parameters() if weight.requires_grad)]
+        found.append(torch.autograd.grad(one.square().sum() + two.sum(), part))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        assert nets[0](a, b)[0][0].equal(nets[1](a, b)[0][0])
+
+
+def test_convolution_is_the_sum():
+    x, k = draw(1, 2, 5, 6), draw(1, 2, 5, 6, seed=1)
+    want = torch.zeros_like(x)
+    for i in range(5):
+        for j in range(6):
+            want += k[:, :, i : i + 1, j : j + 1] * x.roll((i, j), (2, 3))
+    torch.testing.assert_close(convolve(x, k), want)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 12), (2, 3)])
+def test_the_estimator_starts_at_the_kernel_that_changes_nothing(height: int, width: int):
+    torch.manual_seed(0)
+    layer, x = FourierKernelEstimator(4, 3, 6, support=5, channels=2).double(), draw(2, 4, height, width)
+    kernel = torch.zeros(height, width, dtype=torch.float64)
+    kernel[0, 0] = 1
+    torch.testing.assert_close(layer.kernels(x), kernel.expand(2, 2, height, width))
+    torch.testing.assert_close(layer(x), layer.out(torch.cat((layer.narrow(x), x), 1)))
+
+
+def test_kernels_have_a_support_and_are_convolved_with():
+    torch.manual_seed(0)
+    layer, x = FourierKernelEstimator(4, 3, 6, support=5, channels=2).double(), draw(2, 4, 12, 10)
+    with torch.no_grad():
+        layer.last.weight.normal_()
+    found = layer.kernels(x)
+    inner = found.roll((2, 2), (2, 3))[:, :, :5, :5]
+    assert (inner.abs() > 0).all() and found.abs().sum().item() == pytest.approx(inner.abs().sum().item())
+    torch.testing.assert_close(layer(x), layer.out(torch.cat((convolve(layer.narrow(x), found), x), 1)))
+    layer(x).square().sum().backward()
+    assert all(part.grad is not None and part.grad.abs().sum() > 0 for part in layer.parameters())
+
+
+def test_blur_is_that_of_the_kernel():
+    images = p.held_out(40, 2)
+    sharp, seen, used = blurred(images, 3)
+    assert sharp.shape == seen.shape == (4, 3, 26, 26) and used.sum((1, 2)).sub(1).abs().max() < 1e-5
+    again = convolve(images, at_corner(used, 40, 40).unsqueeze(1))[:, :, 7:-7, 7:-7]
+    assert (again - seen).abs().mean() < 1.2 / 255  # its noise
+    assert centred(at_corner(used, 40, 40)).equal(used)
+
+
+def test_the_net_and_its_loss():
+    torch.manual_seed(0)
+    net, x = DeepRFT(4, 3, 2, hidden=6, support=5), 0.3 * draw(2, 3, 16, 24).float()
+    out = net(x)
+    assert out.image.shape == x.shape and out.kernel.shape == (2, 16, 24)
+    sharp = 0.3 * draw(2, 3, 16, 24, seed=1).float()
+    again = convolve(sharp, out.kernel.unsqueeze(1))[:, :, 2:-2, 2:-2]
+    want = (out.image - sharp).abs().mean() + 0.5 * (again - x[:, :, 2:-2, 2:-2]).abs().mean()
+    torch.testing.assert_close(deblur_loss(out, sharp, x, 0.5, 2), want)
+    torch.testing.assert_close(deblur_loss(out, sharp, x, 0.0), (out.image - sharp).abs().mean())
+    plain = DeepRFT(4, head=lambda width, channels: SpatialHead(width, channels, 4))(x)
+    assert plain.kernel is None
+    torch.testing.assert_close(deblur_loss(plain, sharp, x), (plain.image - sharp).abs().mean())
+    net, x, sharp = net.double(), x.double(), sharp.double()
+    keeping = DeepRFT(4, 3, 2, hidden=6, support=5, keeps=True).double()
+    keeping.load_state_dict(net.state_dict())
+    grads = []
+    for made in (net, keeping):
+        with torch.no_grad():
+            made.head.last.weight.fill_(0.01)
+        loss = deblur_loss(made(x), sharp, x)
+        grads.append(torch.autograd.grad(loss, list(made.parameters()), allow_unused=True))
+    for one, other in zip(*grads):
+        assert one is not None and one.abs().sum() > 0
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: FourierKernelEstimator(4, 3, 5), "hidden must be even, got 5"),
+        (lambda: FourierKernelEstimator(4, 3, support=4), "support must be an odd integer >= 1, got 4"),
+        (
+            lambda: FourierKernelEstimator(4, 3)(torch.ones(1, 3, 4, 4)),
+            r"features must be \[B, 4, H, W\], got",
+        ),
+        (
+            lambda: FourierKernelEstimator(4, 3)(torch.ones(1, 4, 0, 4)),
+            r"features must be \[B, 4, H, W\], got",
+        ),
+        (lambda: DeepRFT()(torch.ones(1, 3, 6, 8)), r"sides multiples of 4, got \[1, 3, 6, 8\]"),
+        (lambda: DeepRFT(0), "width must be an integer >= 1, got 0"),
+        (lambda: ReversibleSequence([]), "blocks must be one Coupling or more"),
+        (lambda: ReversibleSequence([nn.Linear(1, 1)]), "blocks must be one Coupling or more"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@lru_cache
+def seen() -> tuple[Tensor, Tensor, Tensor]:
+    """Held-out crops, sharp and blurred, and their kernels."""
+    return blurred(p.held_out(48 + SIDE - 1, 24), 11)
+
+
+@lru_cache
+@torch.no_grad()
+def answers(name: str) -> Deblurred:
+    return trained(name)(seen()[1])
+
+
+def quality(images: Tensor) -> float:
+    """Mean of PSNR over crops, without the border that no net sees whole."""
+    sharp = seen()[0]
+    return sum(p.psnr(a, b) for a, b in zip(images[..., 8:-8, 8:-8], sharp[..., 8:-8, 8:-8])) / len(sharp)
+
+
+@pytest.mark.evidence
+def test_it_deblurs_and_better_for_its_kernels():
+    """Held-out photographs against the blurred ones, and against residual convolutions in the estimator's place
+    with as many parameters."""
+    assert size("deblur") <= 1.01 * size("deblur-spatial")
+    found, plain, input_ = (
+        quality(x) for x in (answers("deblur").image, answers("deblur-spatial").image, seen()[1])
+    )
+    assert plain > input_ + 0.5, (plain, input_)
+    assert found > plain + 0.2, (found, plain, input_)
+
+
+@pytest.mark.evidence
+def test_the_kernel_it_sees_is_the_one_that_blurred():
+    """Correlation of kernels, by kind, against those of other crops of the same kind (shuffled), and against the
+    mean of all kernels, which is the best answer that does not look."""
+    used, found = seen()[2], centred(answers("deblur").kernel)
+    mean = kernels(512, 5).mean(0).expand_as(used)
+    own, shuffled = correlation(found, used), correlation(found, used.roll(2, 0))
+    blind = correlation(mean, used)
+    for kind in (0, 1):  # motion and bells
+        a, b, c = (x[kind::2].mean().item() for x in (own, shuffled, blind))
+        assert a > b + 0.1 and a > c, (kind, a, b, c)
+    assert own.mean() > 0.6, own
