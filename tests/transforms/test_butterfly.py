@@ -48,7 +48,7 @@ def learned(name: str, n: int) -> Butterfly:
 
 
 def rms(x: Tensor) -> float:
-    return float(x.abs().square().mean().sqrt())
+    return float(x.detach().abs().square().mean().sqrt())
 
 
 def best_of_equal_size(matrix: Tensor, numbers: int) -> tuple[float, float]:
