@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent.parent / "tests/transforms/weights/butterfly.saf
 NUMBERS = {"dft": "complex", "dct": "real part", "hadamard": "real"}
 SIZES = (8, 16, 32, 64)
 STEPS = {8: 800, 16: 1000, 32: 1500, 64: 2000}
-STARTS = {8: 64, 16: 64, 32: 64, 64: 32}
+STARTS = {8: 64, 16: 64, 32: 64, 64: 64}
 
 
 def target(name: str, n: int) -> Tensor:
