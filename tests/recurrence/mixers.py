@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lact": {"heads": 2, "memories": 2, "chunk": 16, "window": 7, "rate": 0.1},
     "lightning": {"heads": 2, "lrpe": True},
     "linear": {"heads": 2, "conv": 3},
+    "long-vq": {"heads": 2, "codes": 6, "window": 11, "averages": 2},
     "mamba": {"states": 5},
     "lstm": {"heads": 2},
     "mla": {"heads": 2, "rope_dim": 4, "latent": 12},
