@@ -95,7 +95,7 @@ def one(mixer: str, **options) -> ModelConfig:
 
 
 def told(mixer: str, rate: float, seed: int, **options) -> Run:
-    """Pairs told once, up to 64 of them, at the best rate for the mixer of those tried with another seed: 1e-2 and 2e-2
+    """Pairs told once, up to 64, at the best rate for the mixer of those tried with another seed: 1e-2 and 2e-2
     for DeltaNet, and 4e-2 besides for linear attention."""
     config = dataclasses.replace(one(mixer, **options), vocabulary=256)
     return Run(config, TOLD, 3000, rate, seed, climb=0.4)

@@ -21,8 +21,8 @@ CHANNELS = {"all": 16, "plain": 32, "fixed": 16}
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Pictures `[count, 1, SIZE, SIZE]` of -1 and 1, and whether each was turned (1) or mirrored (0).
 
-    A mirrored one is its own transpose, a turned one itself after a quarter of a turn; then a fifth of the cells are
-    drawn anew. Each cell alone, each row and each column look alike in both: only far cells, compared, tell.
+    A mirrored one is its own transpose, a turned one itself after a quarter of a turn; then a fifth of the cells
+    are drawn anew. Each cell alone, each row and each column look alike in both: only far cells, compared, tell.
     """
     gen = torch.Generator().manual_seed(seed)
 

@@ -172,8 +172,8 @@ def notes(
     part = (vocabulary - 1 - registers) // 3
     if min(examples, registers, soon, far) < 1 or length % 2 or length < 2 or not 1 <= facts <= part:
         raise ValueError(
-            f"examples, registers, far and soon must be at least 1, length even and facts between 1 and the {part} keys"
-            f" of the vocabulary, got {examples}, {registers}, {far}, {soon}, {length} and {facts}"
+            f"examples, registers, far and soon must be at least 1, length even, and facts between 1 and the {part}"
+            f" keys of the vocabulary, got {examples}, {registers}, {far}, {soon}, {length} and {facts}"
         )
     gen, rows = torch.Generator().manual_seed(seed), torch.arange(examples)
     first = 1 + registers  # the first fact's key

@@ -23,8 +23,8 @@ class MovingAverage(nn.Module):
     Each channel x runs through `averages` of its own, `h_t = a (b x_t) + (1 - a d) h_{t-1}` with a and d in (0, 1),
     and becomes `silu(sum of e h_t + w x_t)`.
 
-    `forward` takes `x [B, N, width]`, what was carried, `[S, width * averages]`, and `mask` and `cu_seqlens` as mixers
-    do; it gives `[B, N, width]` and what to carry on.
+    `forward` takes `x [B, N, width]`, what was carried, `[S, width * averages]`, and `mask` and `cu_seqlens` as
+    mixers do; it gives `[B, N, width]` and what to carry on.
     """
 
     def __init__(self, width: int, averages: int = 4) -> None:
@@ -52,10 +52,10 @@ class LongVQState(Carried):
     """All of a constant size, float32 or wider but for values and codes.
 
     Attributes:
-        memory: of the moving averages. uses, sums: `[S, H, codes]` and `[S, H, codes, D]`, how many tokens each codeword
-            stands for, of all but the last full chunk and the open one, and the sum of their values.
-        codes, values: `[S, window, H]` and `[S, window, width]`, of the last full chunk and of the open one. count: int64
-            `[S]`, tokens read.
+        memory: of the moving averages. uses, sums: `[S, H, codes]` and `[S, H, codes, D]`, how many tokens each
+            codeword stands for, of all but the last full chunk and the open one, and the sum of their values.
+        codes, values: `[S, window, H]` and `[S, window, width]`, of the last full chunk and of the open one. count:
+            int64 `[S]`, tokens read.
     """
 
     memory: Tensor
@@ -81,12 +81,12 @@ class LongVQ(Mixer):
         averages: of each channel in the memory. structured: False leaves the moving average out, for a control:
             queries, keys and gates are then made of the token alone.
 
-    The paper gives no code. Of it we take a gated mix of attention and a state space model, keys that are quantised,
-    and a bias in a local window; from Transformer-VQ (Lingle, 2023, arXiv 2309.16354) how a causal softmax over
-    quantised keys is computed in linear time and how codewords are learned (`Codebook`); from Mega (Ma et al., 2022,
-    arXiv 2209.10655) the memory, values of the inputs themselves, and both gates. Ours: heads, queries and keys of
-    length 1 with a learned sharpness, a bias by distance alone, and no residual inside, which is the block's.
-    Gradients reach keys from queries that see them one by one, as in Transformer-VQ.
+    The paper gives no code. Of it we take a gated mix of attention and a state space model, keys that are
+    quantised, and a bias in a local window; from Transformer-VQ (Lingle, 2023, arXiv 2309.16354) how a causal
+    softmax over quantised keys is computed in linear time and how codewords are learned (`Codebook`); from Mega (Ma
+    et al., 2022, arXiv 2209.10655) the memory, values of the inputs themselves, and both gates. Ours: heads,
+    queries and keys of length 1 with a learned sharpness, a bias by distance alone, and no residual inside, which
+    is the block's. Gradients reach keys from queries that see them one by one, as in Transformer-VQ.
 
     Raises ValueError for sizes below 1 and those that do not divide.
     """
