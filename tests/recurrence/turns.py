@@ -1,5 +1,5 @@
 """Noisy pictures that are mirrored in their diagonal or turned by a quarter, and small nets that tell which: for
-training/train_turns.py and tests/recurrence/test_terminator.py."""
+training/train_turns.py."""
 
 from __future__ import annotations
 

@@ -174,8 +174,8 @@ class LongVQ(Mixer):
         return found.flatten(3).flatten(1, 2), self._after(rows, state, both, lists, uses, sums)
 
     def _far(self, codes: Tensor, values: Tensor, there: Tensor, state: LongVQState) -> tuple[Tensor, Tensor]:
-        """Uses `[S, C + 2, H, codes]` and sums `[S, C + 2, H, codes, D]` of the codewords, of all but the last two
-        chunks before each chunk's end."""
+        """Uses `[S, C + 2, H, codes]` and sums `[S, C + 2, H, codes, D]` of the codewords, before each chunk of all
+        that is not within it or the one before it."""
         chosen = F.one_hot(codes, self.book.words.shape[1]).to(values.dtype)  # [s, c + 1, l, h, k]
         first = there.view(-1, 1, 1, 1).to(values.dtype)
         chosen = torch.cat((chosen[:, :1] * first.unsqueeze(4), chosen[:, 1:]), 1)
