@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lightning": {"heads": 2, "lrpe": True},
     "linear": {"heads": 2, "conv": 3},
     "long-conv": {"taps": 20, "smooth": 3},
+    "long-vq": {"heads": 2, "codes": 6, "window": 11, "averages": 2},
     "mamba": {"states": 5},
     "lstm": {"heads": 2},
     "mla": {"heads": 2, "rope_dim": 4, "latent": 12},

@@ -128,7 +128,7 @@ def test_the_product_is_needed_for_what_is_far_and_the_kernel_is_not():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="reach must be one of 'all', 'plain', 'own', got 'far'"):
+    with pytest.raises(ValueError, match="reach must be one of 'all', 'plain', 'fixed', 'own', got 'far'"):
         HyperZZW(3, 5, reach="far")
     with pytest.raises(ValueError, match="channels must be an integer >= 1, got 0"):
         HyperKernel(0, 5)

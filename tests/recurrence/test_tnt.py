@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tilewise.data.recall_tasks import IGNORE, notes, notes_parts
 from tilewise.recurrence import TNT, FastWeights
 
 WIDTH, HEADS = 8, 2
@@ -197,3 +198,30 @@ def test_bad_arguments():
         TNT(8, far=0)
     with pytest.raises(ValueError, match="near must be 2 sizes, one for each local memory"):
         built().refine((1,))
+
+
+def test_notes_ask_for_what_was_last_told():
+    """Replayed pair by pair: facts after 20 tokens or more, registers within 6; equal seeds give equal notes."""
+    tokens, targets = notes(40, 90, facts=4, registers=2, far=20, soon=6, vocabulary=30, seed=3)
+    again = notes(40, 90, facts=4, registers=2, far=20, soon=6, vocabulary=30, seed=3)
+    assert torch.equal(tokens, again[0]) and torch.equal(targets, again[1])
+    asked = 0
+    for row, answers in zip(tokens.tolist(), targets.tolist()):
+        held: dict[int, tuple[int, int]] = {}
+        for place in range(0, 90, 2):
+            key, value = row[place], row[place + 1]
+            assert answers[place + 1] == IGNORE
+            if value:
+                assert answers[place] == IGNORE and (key <= 2 or key not in held)
+                held[key] = (value, place)
+                continue
+            asked += 1
+            assert answers[place] == held[key][0]
+            since = place - held[key][1]
+            assert since <= 6 if key <= 2 else since >= 20
+        assert len([key for key in held if key > 2]) <= 4
+    facts, registers = notes_parts(tokens, targets, registers=2)
+    counts = [int((part != IGNORE).sum()) for part in (facts, registers)]
+    assert sum(counts) == asked and min(counts) > 100
+    with pytest.raises(ValueError, match="facts between 1 and the 9 keys of the vocabulary, got .* and 10"):
+        notes(1, 10, facts=10, registers=2, vocabulary=30)

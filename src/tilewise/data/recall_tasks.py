@@ -136,3 +136,84 @@ def recall_after_forgetting(
     tokens[:, start:] = 1 + groups + numbers.gather(1, order)
     targets[:, start:] = answers.gather(1, order)
     return tokens, targets
+
+
+def notes(
+    examples: int,
+    length: int,
+    *,
+    facts: int = 10,
+    registers: int = 3,
+    far: int = 64,
+    soon: int = 8,
+    vocabulary: int = 60,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Facts that are told once and asked for much later, among registers that are written again and again and
+    asked for soon after: a memory must keep some things long, and know at once when others change.
+
+    A sequence is pairs of tokens: a fact and its value, a register and its new value, or a key and token 0, which
+    asks for what it last stood for. About 15 in 100 pairs tell a fact as long as there are some, 20 ask for one
+    that was told at least `far` tokens ago, 25 ask for a register written in the last `soon` tokens, and the rest,
+    and where there is nothing to ask for, write a register.
+
+    Args:
+        examples: sequences made. length: of each, even. facts, registers: numbers. far, soon: as above.
+        vocabulary: tokens; 0 asks, then one for each register, and the rest in three equal parts: facts' keys,
+            facts' values, registers' values.
+        seed: equal seeds give equal sequences.
+
+    Returns:
+        Tokens and targets, int64 `[examples, length]`; a target is IGNORE except at questions, where `notes_parts`
+        tells those for facts from those for registers.
+
+    Raises ValueError for sizes that do not fit.
+    """
+    part = (vocabulary - 1 - registers) // 3
+    if min(examples, registers, soon, far) < 1 or length % 2 or length < 2 or not 1 <= facts <= part:
+        raise ValueError(
+            f"examples, registers, far and soon must be at least 1, length even, and facts between 1 and the {part}"
+            f" keys of the vocabulary, got {examples}, {registers}, {far}, {soon}, {length} and {facts}"
+        )
+    gen, rows = torch.Generator().manual_seed(seed), torch.arange(examples)
+    first = 1 + registers  # the first fact's key
+    names = first + torch.rand(examples, part, generator=gen).argsort(1)[:, :facts]
+    values = first + part + torch.randint(part, (examples, facts), generator=gen)
+    never = -(10**9)
+    told, written = torch.full((examples, facts), -never), torch.full((examples, registers), never)
+    count, held = (
+        torch.zeros(examples, dtype=torch.int64),
+        torch.zeros(examples, registers, dtype=torch.int64),
+    )
+    tokens = torch.zeros(examples, length, dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORE)
+    for place in range(0, length, 2):
+        draw = torch.rand(examples, generator=gen)
+        old, recent = place - told >= far, place - written <= soon
+        asked = (torch.rand(examples, facts, generator=gen) * old).argmax(1)
+        read = (torch.rand(examples, registers, generator=gen) * recent).argmax(1)
+        which = torch.randint(registers, (examples,), generator=gen)
+        new = first + 2 * part + torch.randint(part, (examples,), generator=gen)
+        next_ = count.clamp(max=facts - 1)
+        tell = (draw < 0.15) & (count < facts)
+        ask = (draw >= 0.15) & (draw < 0.35) & old.any(1)
+        see = (draw >= 0.35) & (draw < 0.6) & recent.any(1)
+        write = ~(tell | ask | see)
+        kinds = torch.stack((tell, ask, see, write)).long().argmax(0)
+        keys = torch.stack((names[rows, next_], names[rows, asked], 1 + read, 1 + which))
+        none = torch.zeros_like(new)
+        tokens[:, place] = keys[kinds, rows]
+        tokens[:, place + 1] = torch.stack((values[rows, next_], none, none, new))[kinds, rows]
+        none = none + IGNORE
+        targets[:, place] = torch.stack((none, values[rows, asked], held[rows, read], none))[kinds, rows]
+        told[rows, next_] = torch.where(tell, place, told[rows, next_])
+        written[rows, which] = torch.where(write, place, written[rows, which])
+        held[rows, which] = torch.where(write, new, held[rows, which])
+        count += tell
+    return tokens, targets
+
+
+def notes_parts(tokens: Tensor, targets: Tensor, registers: int = 3) -> tuple[Tensor, Tensor]:
+    """Targets of the questions for facts alone, and of those for registers, of what `notes` gave."""
+    late = tokens > registers
+    return targets.masked_fill(~late, IGNORE), targets.masked_fill(late, IGNORE)

@@ -4,6 +4,7 @@ from tilewise.recurrence.api import empty_state, explain, scan
 from tilewise.recurrence.attention_mixer import Attention, Cache, LatentAttention, SlidingWindow
 from tilewise.recurrence.block_linear import BlockLinearAttention, BlocksSeen
 from tilewise.recurrence.block_transformer import BlockEmbedder, BlockTransformer, BlockTransformerState
+from tilewise.recurrence.codebook import Codebook
 from tilewise.recurrence.delta_net import DeltaNet, GatedDeltaNet
 from tilewise.recurrence.distil import Pair, distil
 from tilewise.recurrence.fast_weights import FastWeights, Lessons, orthogonal, read_chunk
@@ -32,6 +33,7 @@ from tilewise.recurrence.linear_attention import LinearAttention
 from tilewise.recurrence.linfusion import LinFusion, linfusion_loss
 from tilewise.recurrence.lion import LION, LinearGroupRNN, LIONBlock, SpatialDescriptor, foreground, generate
 from tilewise.recurrence.lit import LiT, hybrid_loss
+from tilewise.recurrence.long_vq import LongVQ, LongVQState, MovingAverage
 from tilewise.recurrence.mamba import Mamba, MambaState
 from tilewise.recurrence.mixer import HeadNorm, Mixer, MixerState
 from tilewise.recurrence.mlgru import MLGRU, MLGRUState, matmul_free
@@ -71,6 +73,7 @@ __all__ = [
     "BlocksSeen",
     "Cache",
     "Carried",
+    "Codebook",
     "ContextKernel",
     "CrossWindow",
     "DeltaNet",
@@ -107,6 +110,8 @@ __all__ = [
     "LinearizedAttention",
     "Lineup",
     "LocalHyperZZW",
+    "LongVQ",
+    "LongVQState",
     "MIXERS",
     "MLGRU",
     "MLGRUState",
@@ -117,6 +122,7 @@ __all__ = [
     "Mixer",
     "MixerState",
     "ModelConfig",
+    "MovingAverage",
     "NormAttention",
     "PackedBitLinear",
     "Pair",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tilewise.recurrence.hyper_kernels import ContextKernel, HyperKernel
 
 BRANCHES = 10  # parts that a block joins
-REACHES = ("all", "plain", "own")
+REACHES = ("all", "plain", "fixed", "own")
 
 
 class HyperZZW(nn.Module):
@@ -24,8 +24,8 @@ class HyperZZW(nn.Module):
 
     Args:
         channels, size: of square images. reach: "all" is the operator; for controls, "plain" keeps W at 1,
-            and "own" multiplies place by place, `x * W * z`, so that no place sees another. settings: of the
-            `HyperKernel`.
+            "fixed" takes W alone for weights, whatever the image shows, and "own" multiplies place by place,
+            `x * W * z`, so that no place sees another. settings: of the `HyperKernel`.
 
     `forward` takes x and z `[B, C, size, size]` and gives the same shape.
 
@@ -41,7 +41,9 @@ class HyperZZW(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """`x * W`."""
-        return x if self.kernel is None else x * self.kernel()
+        if self.kernel is None:
+            return x
+        return self.kernel().expand_as(x) if self.reach == "fixed" else x * self.kernel()
 
     def act(self, weights: Tensor, z: Tensor) -> Tensor:
         """What weights make of z."""
