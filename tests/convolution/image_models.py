@@ -140,16 +140,14 @@ TRAININGS = {
     "hcfss": Training(lambda: HCFSS(states=4), codec_loss, 1152),
     "hcfss-rows": Training(lambda: HCFSS(states=4, directions=("rows",) * 4), codec_loss, 1152),
     "hcfss-near": Training(lambda: HCFSS(far=lambda width: NearOnly(width, 20)), codec_loss, 1152),
-    "deblur": Training(lambda: DeepRFT(keeps=True), deblurring_loss(1.0), 1500),
-    "deblur-unseen": Training(lambda: DeepRFT(keeps=True), deblurring_loss(0.0), 1500),
+    "deblur": Training(lambda: DeepRFT(keeps=True), deblurring_loss(1.0), 960),
     "deblur-spatial": Training(
         lambda: DeepRFT(keeps=True, head=lambda width, out: SpatialHead(width, out, 15)),
         deblurring_loss(0.0),
-        1500,
+        960,
     ),
-    "video-shifted": Training(lambda: FlashI2V(Denoiser(6)), video_loss, 2500),
-    "video-beside": Training(Concatenated, video_loss, 2500),
-    "video-unguided": Training(lambda: FlashI2V(Denoiser(3), guide=False), video_loss, 2500),
+    "video-shifted": Training(lambda: FlashI2V(Denoiser(6)), video_loss, 1000),
+    "video-beside": Training(Concatenated, video_loss, 1000),
 }
 
 
