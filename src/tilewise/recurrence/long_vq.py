@@ -35,7 +35,7 @@ class MovingAverage(nn.Module):
         self.into = nn.Parameter(signs + 0.02 * torch.randn(width, averages))
         self.out, self.own = nn.Parameter(torch.randn(width, averages)), nn.Parameter(torch.randn(width))
         with torch.no_grad():
-            self.alpha += torch.linspace(-2, 2, averages)  # averages over a few tokens and over many
+            self.alpha.add_(torch.linspace(-2, 2, averages))  # averages over a few tokens and over many
 
     def forward(self, x: Tensor, before: Tensor, **packing) -> tuple[Tensor, Tensor]:
         high = wide(x)
