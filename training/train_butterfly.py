@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent.parent / "tests/transforms/weights/butterfly.saf
 NUMBERS = {"dft": "complex", "dct": "real part", "hadamard": "real"}
 SIZES = (8, 16, 32, 64)
 STEPS = {8: 800, 16: 1000, 32: 1500, 64: 2000}
-STARTS = {8: 64, 16: 64, 32: 64, 64: 64}
+STARTS = {"dct-64": 32}  # else 64
 
 
 def target(name: str, n: int) -> Tensor:
@@ -48,7 +48,9 @@ def main() -> None:
     for one in chosen:
         name, _, size = one.partition("-")
         n, start = int(size), time.perf_counter()
-        found = learn_butterfly(target(name, n), numbers=NUMBERS[name], steps=STEPS[n], starts=STARTS[n])
+        found = learn_butterfly(
+            target(name, n), numbers=NUMBERS[name], steps=STEPS[n], starts=STARTS.get(one, 64)
+        )
         twiddle = found.transform.twiddle.detach()
         kept = load_file(WEIGHTS) if WEIGHTS.exists() else {}
         kept[f"{one}.twiddle"] = torch.view_as_real(twiddle).contiguous() if twiddle.is_complex() else twiddle
