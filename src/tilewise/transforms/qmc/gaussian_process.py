@@ -90,7 +90,7 @@ class FastGP(nn.Module):
             return found
 
         if steps:
-            search.step(loss)  # type: ignore[arg-type]
+            search.step(loss)
         self._given = y
         return self
 

@@ -40,7 +40,7 @@ def search_lattice(
     if len(gammas) < dim or min(gammas) <= 0:
         raise ValueError(f"weights must be {dim} positive numbers, got {weights!r}")
     levels = [_Level(k) for k in range(log2_points + 1)]
-    vector = []
+    vector: list[int] = []
     for gamma in gammas[:dim]:
         best = _best(levels, gamma, least) if vector else 0
         for level in levels:

@@ -149,7 +149,7 @@ def _checked(columns: Tensor, digits: int | None, dims: int) -> int:
     whole_number("digits", digits, 1)
     if digits > BITS:
         raise ValueError(f"digits must be at most {BITS}, got {digits}")
-    if columns.min() < 0 or (columns.max().item() >> digits):
+    if columns.min() < 0 or int(columns.max()) >> digits:
         raise ValueError(f"columns must hold numbers of {digits} digits, got up to {columns.max().item()}")
     return digits
 
