@@ -48,8 +48,7 @@ def keister_integral(dim: int) -> float:
     return 2 * math.pi ** (dim / 2) / math.gamma(dim / 2) * inner
 
 
-# -------------------------------------------------------------------------------------------------------
-# convergence
+# ------------------------------------------------------------------------------------ convergence
 
 EXPONENTS = range(6, 14)
 
@@ -131,8 +130,7 @@ def test_the_default_lattice_is_better_than_one_of_random_numbers():
         assert worst_case(own, n) < 0.8 * random[5]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# to a tolerance
+# ------------------------------------------------------------------------------------ to a tolerance
 
 SEQUENCES = {
     "lattice": lambda dim, **given: Lattice(dim, **given),

@@ -199,8 +199,7 @@ def test_seeds_and_replications(kind, how):
     assert torch.equal(make(kind, how, seed=None).points(8), first)
 
 
-# --------------------------------------------------------------------------- what is kept and
-# what is not
+# ------------------------------------------------------------------------------------ what is kept
 
 
 def shares_hold(x: Tensor, cuts: list[int]) -> bool:
@@ -325,8 +324,7 @@ def test_the_default_vector_is_the_search_of_its_script():
     assert len(set(Lattice(256).vector.tolist())) > 200
 
 
-# --------------------------------------------------------------------------------------------------------
-# wrong input
+# ------------------------------------------------------------------------------------ wrong input
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,8 @@ def scrambled_columns(columns: Tensor, digits: int, key: int, copies: int) -> Te
     out = torch.zeros(copies, *columns.shape, dtype=torch.int64, device=columns.device)
     for place in range(digits):
         unit = 1 << BITS - 1 - place
-        own = (
-            unit | random[:, :, place, None] & unit - 1
-        )  # a column of the matrix: 1, then random digits below
+        # A column of the matrix: 1, then random digits below.
+        own = unit | random[:, :, place, None] & unit - 1
         out ^= (columns >> BITS - 1 - place & 1) * own
     return out
 
