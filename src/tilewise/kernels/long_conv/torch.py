@@ -33,7 +33,7 @@ def run(call: Call) -> Tensor:
 
 def _plan(call: Call) -> Plan:
     # The shorter a transform, the larger the share of its rounding that each output gets.
-    return plan(call, shortest=64, exact=lambda n: n > 0)
+    return plan(call, shortest=128, exact=lambda n: n > 0)
 
 
 op.IMPLEMENTATIONS["torch"] = op.Implementation(
