@@ -110,9 +110,8 @@ def test_recall_of_pairs_told_once_beats_linear_attention():
     Linear attention is the published one (elu + 1, divided by its sum) with the same short convolutions, channel
     mixer, pairs and steps. Set before these seeds were looked at with so many pairs, from runs of another one:
     every seed of DeltaNet errs at most a quarter as often as the best of linear attention. It is the layer that is
-    compared,
-    not its rule alone: on pairs told once the same layer with rule "add" is no worse (docs/recurrence-delta.md); on
-    pairs told anew it is, below.
+    compared, not its rule alone: on pairs told once the same layer with rule "add" is no worse
+    (docs/recurrence-delta.md); on pairs told anew it is, below.
     """
     delta, linear = (
         torch.stack([marks(trained(f"{name}-told-{seed}"), told, draws=3) for seed in range(3)])

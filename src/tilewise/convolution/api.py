@@ -61,8 +61,8 @@ def long_conv(
         `[B, C, N]` in x's dtype, or that and a `ConvState`. Computed in float32 (float64 for float64 inputs).
 
     Causal and split anywhere, with states handed on, it gives what the whole would, to rounding. A causal
-    result is
-    computed through transforms of whole windows: later tokens change earlier outputs by rounding, never more.
+    result is computed through transforms of whole windows: later tokens change earlier outputs by rounding, never
+    more.
 
     Raises:
         ValueError, TypeError: shapes, dtypes and values that do not fit; the message names the argument and
