@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from tests.conformance.common import over_budget
 from tests.conformance.test_memory import allocations
+from tests.kernels.test_triton import in_a_process, interpreter_lacks
 from tilewise.kernels import EngineRefused
 from tilewise.kernels.long_conv import ENGINES, Call, explain, long_conv, native, op
+from tilewise.kernels.long_conv import triton as triton_engine
 from tilewise.kernels.long_conv.plan import Plan
 
 NAMES = ("x", "kernel", "gate_in", "gate_out", "skip", "before")
@@ -354,6 +356,9 @@ def test_engines_that_cannot_run_say_so():
     assert "computes in float32" in explain(call).refused["native"] and explain(call).engine == "torch"
     with pytest.raises(EngineRefused, match="engine 'native' cannot run this call: computes in float32"):
         long_conv(call, "native")
+    if not triton_engine.INTERPRETED:
+        with pytest.raises(EngineRefused, match="runs on GPUs|triton is not installed"):
+            long_conv(call, "triton")
     assert set(op.IMPLEMENTATIONS) == set(ENGINES) - {"definition"}
 
 
@@ -386,3 +391,81 @@ def test_rows_do_not_see_each_other(monkeypatch, cut_at):
     x = call.x.clone()
     x[1] = 0
     assert (long_conv(replace(call, x=x), "native")[1] == 0).all()
+
+
+IN_TRITON = """
+from unittest.mock import patch
+import torch
+from tests.kernels.test_long_conv import check, make, to
+from tilewise.kernels.long_conv import long_conv, triton
+from tilewise.kernels.long_conv.plan import Plan
+for causal in (True, False):
+    for n in (16, 17, 129, 255, 256):
+        check(make(n=n, taps=n, causal=causal), "triton")
+    check(make(n=600, taps=700, causal=causal, channels=3, batch=3), "triton")  # a row without another
+    check(make(n=300, taps=40, causal=causal, gates=False), "triton")
+    with patch.object(triton, "_plan", lambda call, longest: Plan(256, 39, 217, 40)):  # several windows
+        check(make(n=700, taps=40, causal=causal, channels=5, batch=3), "triton")
+check(make(n=120, taps=90, before=True), "triton")
+check(make(n=1024, taps=1024, channels=4), "triton")
+check(make(n=1300, taps=1300, channels=2, batch=1, dtype=torch.bfloat16), "triton")  # float32 would refuse it
+call = make(n=90, taps=90, dtype=torch.bfloat16)
+assert torch.equal(long_conv(call, "triton"), long_conv(to(call, torch.float32), "triton").bfloat16())
+for wrong in (float("nan"), float("inf")):  # nobody else's business, whoever shares its transform
+    call = make(n=100, taps=100)
+    want = long_conv(call, "triton")
+    call.x[1, :, 7] = wrong
+    got = long_conv(call, "triton")
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    assert not got[1, :, 7:].isfinite().any()
+call = make(n=100, taps=100, gates=False)
+call.x[1] *= 1e-20
+torch.testing.assert_close(long_conv(call, "triton")[1], long_conv(call, "definition")[1], rtol=0, atol=1e-25)
+print("all right")
+"""
+
+
+@pytest.mark.slow
+def test_triton_in_the_interpreter():
+    """Held to the same errors as the other engines, forward and backward; rows of one transform apart."""
+    if reason := interpreter_lacks():
+        pytest.skip(reason)
+    assert "all right" in in_a_process("-c", IN_TRITON, TRITON_INTERPRET="1")
+
+
+FOR_A_GPU = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from tests.kernels.test_long_conv import make
+from tilewise.kernels.long_conv import triton as engine, triton_windows
+
+class Target:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=None):
+        return 0
+
+def start(grid, **arguments):
+    made = triton_windows.convolve.warmup(grid=grid, **arguments)
+    print("compiled", made.metadata.shared, "cubin" in made.asm)
+
+triton.runtime.driver.set_active(Target())
+engine.start = start
+engine.forward(make(channels=2, n=100, taps=100, before=True))
+engine.forward(make(channels=2, n=1024, taps=1024, causal=False))
+engine.forward(make(channels=2, n=1024, taps=1024))
+engine.forward(make(channels=2, n=2048, taps=2048, dtype=torch.bfloat16))
+"""
+
+
+@pytest.mark.slow
+def test_triton_compiles_for_a_gpu(tmp_path):
+    """To machine code for an H100, within its 227 KiB of shared memory."""
+    if not triton_engine.INSTALLED:
+        pytest.skip("triton is not installed")
+    output = in_a_process("-W", "error", "-c", FOR_A_GPU, TRITON_CACHE_DIR=str(tmp_path))
+    compiled = [line.split()[1:] for line in output.splitlines() if line.startswith("compiled")]
+    assert len(compiled) == 4
+    assert all(complete == "True" and int(shared) <= 227 * 1024 for shared, complete in compiled)

@@ -13,12 +13,14 @@ from torch import Tensor
 from tilewise.kernels import Choice, Engine, choose
 from tilewise.kernels.long_conv import definition, monarch, native
 from tilewise.kernels.long_conv import torch as torch_engine
+from tilewise.kernels.long_conv import triton as triton_engine
 from tilewise.kernels.long_conv.call import Call
 
 ENGINES: Mapping[str, Engine] = {
     "native": native,
     "torch": torch_engine,
     "monarch": monarch,
+    "triton": triton_engine,
     "definition": definition,
 }
 

@@ -106,14 +106,15 @@ def matrices(call: Call, length: int) -> Monarch:
     """Those of a call whose transforms have this length."""
     complex_dtype = torch.complex128 if call.wide == torch.float64 else torch.complex64
     if not call.sparse:
-        return _whole(length, complex_dtype, call.x.device)
+        return whole(length, complex_dtype, call.x.device)
     a = call.rows * factor(length // call.rows, max(1, math.isqrt(length) // call.rows))
     rows = [r for r in range(a) if r % call.rows in call.kept]
     grid = call.counts().view(length // a, a).T[rows]  # [rows, columns]
     return Monarch.of(length, a, rows, grid.any(0).nonzero().flatten().tolist(), complex_dtype, call.x.device)
 
 
-def _whole(length: int, dtype: torch.dtype, device: torch.device) -> Monarch:
+def whole(length: int, dtype: torch.dtype, device: torch.device) -> Monarch:
+    """Of a transform of which nothing is left out."""
     a = factor(length)
     return Monarch.of(length, a, list(range(a)), list(range(length // a)), dtype, device)
 

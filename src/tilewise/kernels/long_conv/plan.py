@@ -42,6 +42,7 @@ def plan(
     direct: float = 0.0,
     rows: int = 1,
     length: int | None = None,
+    longest: int | None = None,
 ) -> Plan:
     """The cheapest cut by the number of stages times numbers.
 
@@ -49,7 +50,8 @@ def plan(
         shortest: transform there is; others are powers of 2 times it. exact: whether there is one of a length
             for a circular convolution in one piece. direct: what a product of a tap costs of a number's
             stage; 0 never sums directly. rows: of the batch that one transform works on.
-        length: take this one, whatever it costs (a prepared kernel's).
+        length: take this one, whatever it costs (a prepared kernel's). longest: transform there is, None for any;
+            it must hold the taps.
     """
     n, taps, b = call.x.shape[2], call.taps, call.x.shape[0]
     if not n:
@@ -73,7 +75,7 @@ def plan(
                 add(Plan(size, lead, n, taps))
             else:
                 add(Plan(size, taps - 1, size - taps + 1, taps))
-        if size >= n + taps - 1 or length is not None:
+        if size >= n + taps - 1 or length is not None or size == longest:
             break
         size *= 2
     if direct:

@@ -90,7 +90,7 @@ def backward(call: Call, plan: Plan, transform: Transform, d_out: Tensor, for_ke
             d_u = d_u * part.gate_in
         d_x[:, to] = d_u.to(call.x.dtype)
     if d_taps is not None:
-        d_kernel = _unfolded(call, d_taps)
+        d_kernel = unfolded(call, d_taps)
     return d_x, d_kernel, d_gate_in, d_gate_out, d_skip, d_before
 
 
@@ -174,7 +174,7 @@ def _summed(call: Call, plan: Plan, products: Tensor, transform: Transform) -> T
     return made * transform.counts(call.counts()) if call.sparse else made
 
 
-def _unfolded(call: Call, d_taps: Tensor) -> Tensor:
+def unfolded(call: Call, d_taps: Tensor) -> Tensor:
     """The gradient of the whole kernel from that of the taps that can be reached."""
     n, size = call.x.shape[2], call.kernel.shape[1]
     if call.causal or size <= n or not n:
