@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.convolution import blurs
 from tests.convolution import photographs as p
-from tests.convolution.blurs import blurred
 from tests.convolution.moving import clips
 from tilewise.convolution import (
     HCFSS,
@@ -79,10 +79,11 @@ class SpatialHead(nn.Module):
         return self.out(self.blocks(x.movedim(1, 3)).movedim(3, 1))
 
 
-def deblurring_loss(reblur: float) -> Callable[[nn.Module, int], Tensor]:
+def deblurring_loss(reblur: float = 0.3) -> Callable[[nn.Module, int], Tensor]:
     def loss(model: nn.Module, seed: int) -> Tensor:
-        sharp, seen, _ = blurred(p.crops(8, 48 + 14, seed), seed)
-        return deblur_loss(model(seen), sharp, seen, reblur)
+        sharp = blurs.crops(4, 64, seed)
+        seen = blurs.blurred(sharp, blurs.lines(len(sharp), seed)[0], seed)
+        return deblur_loss(model(seen), sharp, seen, reblur, margin=0)
 
     return loss
 
@@ -140,11 +141,13 @@ TRAININGS = {
     "hcfss": Training(lambda: HCFSS(states=4), codec_loss, 1152),
     "hcfss-rows": Training(lambda: HCFSS(states=4, directions=("rows",) * 4), codec_loss, 1152),
     "hcfss-near": Training(lambda: HCFSS(far=lambda width: NearOnly(width, 20)), codec_loss, 1152),
-    "deblur": Training(lambda: DeepRFT(keeps=True), deblurring_loss(1.0), 960),
+    "deblur": Training(lambda: DeepRFT(channels=1, keeps=True), deblurring_loss(), 1400, 6e-3),
+    "deblur-free": Training(lambda: DeepRFT(channels=1, keeps=True), deblurring_loss(0.0), 1400, 6e-3),
     "deblur-spatial": Training(
-        lambda: DeepRFT(keeps=True, head=lambda width, out: SpatialHead(width, out, 15)),
-        deblurring_loss(0.0),
-        960,
+        lambda: DeepRFT(channels=1, keeps=True, head=lambda width, out: SpatialHead(width, out, 22)),
+        deblurring_loss(),
+        1400,
+        6e-3,
     ),
     "video-shifted": Training(lambda: FlashI2V(Denoiser(6)), video_loss, 1000),
     "video-beside": Training(Concatenated, video_loss, 1000),

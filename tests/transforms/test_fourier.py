@@ -241,3 +241,23 @@ def test_compiles_whole(run, monkeypatch):
 def test_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (2, 0, 8, 3)])
+def test_no_rows_give_none(shape: tuple[int, ...], dtype: torch.dtype):
+    """Shapes and dtypes are those of one row, and a gradient comes back."""
+    dim = shape.index(8)
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    one = torch.zeros([max(1, n) for n in shape], dtype=dtype)
+    calls = [
+        lambda x, call=call, kind=kind: call(x, dim, type=kind) for call in (dct, idct) for kind in TYPES
+    ]
+    calls += [lambda x, call=call: call(x, dim=dim) for call in (fft, ifft, rfft, irfft)]
+    calls += [lambda x: irfft(x, 15, dim), lambda x: fft(x, dim, order="bit-reversed")]
+    for call in calls:
+        made, like = call(x), call(one)
+        assert made.dtype == like.dtype and made.numel() == 0
+        assert [n for n in made.shape if n] == [n for n, was in zip(like.shape, shape) if was]
+        made.abs().sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape

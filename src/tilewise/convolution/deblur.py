@@ -13,6 +13,8 @@ from tilewise.convolution.fourier_kernel import FourierKernelEstimator, convolve
 from tilewise.convolution.reversible import Coupling, ReversibleSequence
 from tilewise.recurrence.mixer import check_width
 
+FLOOR = 0.05  # of magnitudes of a unitary transform, below which `deblur_loss` lets a frequency count less
+
 
 class SubUNet(nn.Module):
     """A small U-net over a pyramid: down from fine to coarse, adding what each level brings, and up again.
@@ -66,8 +68,9 @@ class DeepRFT(nn.Module):
 
     `forward` takes `[B, channels, H, W]`, sides multiples of 2 ** (levels - 1), and gives a `Deblurred`, whose
     kernel is that of the first channel convolved. Raises ValueError for what does not fit. Differs from the
-    paper: far smaller, no attention, and training may ask that the sharp image and the kernel make the blurred
-    one (`deblur_loss`), which the paper's loss does not; kernels themselves are never shown.
+    paper: far smaller, plain convolutions, one estimator and not one for every scale and stage; and training may
+    ask that the sharp image and the kernel make the blurred one (`deblur_loss`), which the paper's loss does not.
+    Without it kernels help less, and were not those that blurred. Kernels themselves are never shown.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class DeepRFT(nn.Module):
         channels: int = 3,
         hidden: int = 24,
         blocks: int = 2,
-        support: int = 21,
+        support: int | None = None,
         head: Callable[[int, int], nn.Module] | None = None,
         keeps: bool = False,
     ) -> None:
@@ -97,7 +100,8 @@ class DeepRFT(nn.Module):
             else head(2 * width, channels)
         )
 
-    def forward(self, image: Tensor) -> Deblurred:
+    def features(self, image: Tensor) -> Tensor:
+        """What the last part reads, `[B, 2 * width, H, W]`."""
         sides = image.shape[2:]
         if image.ndim != 4 or image.shape[1] != self.channels or any(side % self.multiple for side in sides):
             raise ValueError(
@@ -109,7 +113,10 @@ class DeepRFT(nn.Module):
             scales.append(F.avg_pool2d(scales[-1], 2))
         halves = [stem(scale).chunk(2, 1) for stem, scale in zip(self.stems, scales)]
         a, b = self.units(*(tuple(part) for part in zip(*halves)))
-        features = torch.cat((a[0], b[0]), 1)
+        return torch.cat((a[0], b[0]), 1)
+
+    def forward(self, image: Tensor) -> Deblurred:
+        features = self.features(image)
         if not isinstance(self.head, FourierKernelEstimator):
             return Deblurred(image - self.head(features), None)
         kernels = self.head.kernels(features)
@@ -119,11 +126,16 @@ class DeepRFT(nn.Module):
 def deblur_loss(
     out: Deblurred, sharp: Tensor, blurred: Tensor, reblur: float = 1.0, margin: int = 8
 ) -> Tensor:
-    """Mean absolute error, and `reblur` times that of the sharp image convolved with the kernel against the
-    blurred one, `margin` pixels from the border, beyond which a circular convolution sees another scene."""
+    """Mean absolute error, and `reblur` times how far sharp images, convolved with kernels, are from blurred ones.
+
+    That is told `margin` pixels from the border, beyond which a circular convolution sees another scene (0 if the
+    blur is circular), and in frequencies, each relative to its magnitude in the sharp image plus `FLOOR`: fine
+    detail of the kernel, where images have little, counts as much as coarse.
+    """
     loss = F.l1_loss(out.image, sharp)
     if out.kernel is None or not reblur:
         return loss
     again = convolve(sharp, out.kernel.unsqueeze(1))
     inner = (..., slice(margin, -margin or None), slice(margin, -margin or None))
-    return loss + reblur * F.l1_loss(again[inner], blurred[inner])
+    missed, size = (torch.fft.rfft2(x[inner], norm="ortho").abs() for x in (again - blurred, sharp))
+    return loss + reblur * (missed / (size + FLOOR)).mean()

@@ -13,21 +13,23 @@ from tilewise.recurrence.mixer import check_width
 class FourierKernelEstimator(nn.Module):
     """The Fourier kernel estimator of DeepRFTv2 (Mao et al., 2025, arXiv 2511.21132).
 
-    A few channels made of the features are transformed; a small net of reversible residual blocks, with activations
-    in Fourier space, reads their spectrum and gives for each frequency a factor for every channel; the product,
-    transformed back, is the channel convolved (circularly) with the kernel that the factors are the transform of.
-    That and the features, side by side, pass one convolution.
+    A few channels made of the features are transformed; a small net of reversible residual blocks, with
+    activations in Fourier space, reads their spectrum and gives for each frequency a factor for every channel; the
+    product, transformed back, is the channel convolved (circularly) with the kernel that the factors are the
+    transform of. That and the features, side by side, pass one convolution.
 
     `forward` takes features `[B, width, H, W]` to `[B, out, H, W]`.
 
     Args:
         width: channels of features. out: of what is given. hidden: channels within, even. blocks: reversible
-            blocks. support: side of the largest kernel, odd; factors that would need more are cut to it.
-        channels: how many are made of the features and convolved. keeps: as of `ReversibleSequence`.
+            blocks. support: side of the largest kernel, odd; factors that would need more are cut to it. None: as
+            large as the features. channels: how many are made of the features and convolved. keeps: as of
+            `ReversibleSequence`.
 
-    Raises ValueError for settings that do not fit. Differs from the paper: the net reads log magnitudes beside
-    phases, as spectra of images span five decades, and where in the plane a frequency lies; kernels have a
-    support; the last layer starts at the kernel that changes nothing.
+    Raises ValueError for settings that do not fit. Differs from the paper: its blocks scan the plane of
+    frequencies, ours see all of it through lags; the net reads log magnitudes beside phases, as spectra of images
+    span five decades, and where in the plane a frequency lies; one linear map, not two, makes what is read and what
+    is convolved; features are not padded; the last layer starts at the kernel that changes nothing.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class FourierKernelEstimator(nn.Module):
         out: int,
         hidden: int = 16,
         blocks: int = 2,
-        support: int = 21,
+        support: int | None = None,
         channels: int = 8,
         keeps: bool = False,
     ) -> None:
@@ -51,8 +53,8 @@ class FourierKernelEstimator(nn.Module):
             check_width(value, 1, name)
         if hidden % 2:
             raise ValueError(f"hidden must be even, got {hidden}: the reversible blocks halve it")
-        if not isinstance(support, int) or support < 1 or support % 2 == 0:
-            raise ValueError(f"support must be an odd integer >= 1, got {support!r}")
+        if support is not None and (not isinstance(support, int) or support < 1 or support % 2 == 0):
+            raise ValueError(f"support must be an odd integer >= 1 or None, got {support!r}")
         self.width, self.channels, self.support = width, channels, support
         self.narrow = nn.Conv2d(width, channels, 1)
         self.first = nn.Conv2d(3 * channels + 3, hidden, 1)
@@ -74,7 +76,7 @@ class FourierKernelEstimator(nn.Module):
             raise ValueError(f"features must be [B, {self.width}, H, W], got shape {list(features.shape)}")
         factors = self._factors(torch.fft.rfft2(self.narrow(features), norm="ortho"))
         made = torch.fft.irfft2(factors, features.shape[2:])
-        return made * self._supported(made)
+        return made if self.support is None else made * _supported(made, self.support)
 
     def finish(self, features: Tensor, kernels: Tensor) -> Tensor:
         """What `forward` gives, if the kernels are these."""
@@ -94,25 +96,37 @@ class FourierKernelEstimator(nn.Module):
         found = self.last(torch.cat([x for part in self.blocks(*half) for x in part], 1))
         return torch.complex(1 + found[:, : self.channels], found[:, self.channels :])
 
-    def _supported(self, kernels: Tensor) -> Tensor:
-        """True where a kernel may be other than 0, `[H, W]`, around the upper left corner."""
-        places = (torch.arange(n, device=kernels.device) for n in kernels.shape[2:])
-        far = (torch.minimum(x, len(x) - x) <= self.support // 2 for x in places)
-        return torch.logical_and(*torch.meshgrid(*far, indexing="ij"))
+
+def _supported(kernels: Tensor, side: int) -> Tensor:
+    """True where a kernel may be other than 0, `[H, W]`, around the upper left corner."""
+    places = (torch.arange(n, device=kernels.device) for n in kernels.shape[2:])
+    far = (torch.minimum(x, len(x) - x) <= side // 2 for x in places)
+    return torch.logical_and(*torch.meshgrid(*far, indexing="ij"))
 
 
 class _SpectralNet(nn.Module):
-    """A residual branch over the half plane of frequencies, which wraps around from the last row to the first."""
+    """A residual branch over the half plane of frequencies: their neighbours, then lags, where each sees all."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner, self.outer = (nn.Conv2d(width, width, 3, padding=(0, 1)) for _ in range(2))
+        self.near, self.lags, self.outer = (nn.Conv2d(width, width, 3, padding=(0, 1)) for _ in range(3))
+        self.there, self.back = (nn.Conv2d(width, width, 1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv, activate in ((self.inner, True), (self.outer, False)):
-            x = conv(torch.cat((x[:, :, -1:], x, x[:, :, :1]), 2))
-            x = F.relu(x) if activate else x
-        return x
+        seen = F.relu(_around(self.near, x))
+        lags = F.relu(_around(self.lags, _even(self.there(seen))))
+        return _around(self.outer, seen + self.back(_even(lags)))
+
+
+def _around(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Half planes wrap around from the last row to the first."""
+    return conv(torch.cat((x[:, :, -1:], x, x[:, :, :1]), 2))
+
+
+def _even(x: Tensor) -> Tensor:
+    """The transform of a half plane of numbers, taken as real and even: such a half plane; twice, the first."""
+    height, columns = x.shape[2:]
+    return torch.fft.irfft2(x, (height, max(1, 2 * (columns - 1))), norm="ortho")[..., :columns]
 
 
 def convolve(features: Tensor, kernels: Tensor) -> Tensor:

@@ -38,3 +38,13 @@ def check_choice(name: str, value: object, accepted: tuple[object, ...]) -> None
 def widened(x: Tensor) -> Tensor:
     """`x` in a format that PyTorch's FFT takes on every device: float32 for float16 and bfloat16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def nothing(x: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
+    """What a transform of no rows gives: `x`'s shape with `size` along `dim`, no numbers, differentiable.
+
+    PyTorch's FFT takes no empty batch on CPUs: MKL refuses the plan.
+    """
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.sum() * torch.zeros(shape, dtype=dtype, device=x.device)

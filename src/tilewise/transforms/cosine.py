@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tilewise.transforms.checks import check_choice, check_dim, widened
+from tilewise.transforms.checks import check_choice, check_dim, nothing, widened
 
 TYPES = (1, 2, 3, 4)
 SCALES = ("ortho", None)
@@ -40,6 +40,8 @@ def dct(x: Tensor, dim: int = -1, *, type: int = 2, norm: str | None = "ortho") 
     check_choice("norm", norm, SCALES)
     if type == 1 and n < 2:
         raise ValueError(f"x must have two numbers or more along dim {dim} for type 1, got {n}")
+    if not x.numel():
+        return nothing(x, dim, n, x.dtype)
     wide, scaled = widened(x).movedim(dim, -1), norm == "ortho"
     out = (_first, _second, _third, _fourth)[type - 1](wide, scaled)
     return out.movedim(-1, dim).to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tilewise.transforms.checks import NORMS, ORDERS, check_choice, check_dim, widened
+from tilewise.transforms.checks import NORMS, ORDERS, check_choice, check_dim, nothing, widened
 from tilewise.transforms.kept import kept
 
 
@@ -29,18 +29,24 @@ def fft(x: Tensor, dim: int = -1, *, order: str = "natural", norm: str = "backwa
         not fit.
     """
     _check(x, dim, order, norm, is_complex=True)
+    if not x.numel():
+        return nothing(x, dim, x.shape[dim], _complex(x))
     return torch.fft.fft(_to_natural(widened(x), dim, order), dim=dim, norm=norm)
 
 
 def ifft(x: Tensor, dim: int = -1, *, order: str = "natural", norm: str = "backward") -> Tensor:
     """The inverse of `fft` with the same arguments: the spectrum in natural order, the samples in `order`."""
     _check(x, dim, order, norm, is_complex=True)
+    if not x.numel():
+        return nothing(x, dim, x.shape[dim], _complex(x))
     return _from_natural(torch.fft.ifft(widened(x), dim=dim, norm=norm), dim, order)
 
 
 def rfft(x: Tensor, dim: int = -1, *, order: str = "natural", norm: str = "backward") -> Tensor:
     """The first n // 2 + 1 numbers of the spectrum of real samples; arguments as those of `fft`."""
     _check(x, dim, order, norm, is_complex=False)
+    if not x.numel():
+        return nothing(x, dim, x.shape[dim] // 2 + 1, _complex(x))
     return torch.fft.rfft(_to_natural(widened(x), dim, order), dim=dim, norm=norm)
 
 
@@ -62,6 +68,8 @@ def irfft(
     check_choice("order", order, ORDERS)
     check_choice("norm", norm, NORMS)
     _check_power(n, order)
+    if not x.numel():
+        return nothing(x, dim, n, _complex(x).to_real())
     return _from_natural(torch.fft.irfft(widened(x), n=n, dim=dim, norm=norm), dim, order)
 
 
@@ -76,6 +84,11 @@ def bit_reversed(n: int, device: torch.device | str | None = None) -> Tensor:
     while len(found) < n:
         found = torch.cat((2 * found, 2 * found + 1))
     return found
+
+
+def _complex(x: Tensor) -> torch.dtype:
+    """The complex dtype that transforms of `x` have."""
+    return torch.complex128 if x.dtype in (torch.float64, torch.complex128) else torch.complex64
 
 
 def _check(x: Tensor, dim: int, order: str, norm: str, *, is_complex: bool) -> None:
