@@ -1,5 +1,5 @@
-"""Noisy pictures that are mirrored in their diagonal or turned by a quarter, and small nets that tell which: for
-training/train_turns.py."""
+"""Noisy pictures that say the same or the opposite on both sides of their diagonal, and small nets that tell
+which: for training/train_mirrored.py."""
 
 from __future__ import annotations
 
@@ -13,32 +13,46 @@ from torch.nn import functional as F
 from tilewise.recurrence import HyperZZW
 
 WEIGHTS = Path(__file__).parent / "weights"
-SIZE, AGAIN = 12, 0.2  # cells drawn anew
-# Channels: a net without kernels gets more, and has then more parameters than the one with them.
-CHANNELS = {"all": 16, "plain": 32, "fixed": 16}
+SIZE, AGAIN = 16, 0.5  # cells drawn anew
+# Channels: nets without kernels, or without what the picture shows, get more, and have then more parameters.
+CHANNELS = {"all": 8, "plain": 24, "fixed": 24, "own": 24}
+# Where a picture is mirrored (1) and where inverted (-1), by blocks. Blocks taken in the order 1, 3, 0, 2, rows
+# and columns alike, make the opposite pattern: who does not know where a cell stands cannot tell one from the
+# other.
+BLOCKS = torch.tensor([[1, 1, -1, -1], [1, -1, 1, -1], [-1, 1, -1, 1], [-1, -1, 1, 1]])
+OTHER = (1, 3, 0, 2)
+
+
+def pattern() -> Tensor:
+    """`[SIZE, SIZE]` of -1 and 1."""
+    part = SIZE // len(BLOCKS)
+    return BLOCKS.repeat_interleave(part, 0).repeat_interleave(part, 1).float()
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures `[count, 1, SIZE, SIZE]` of -1 and 1, and whether each was turned (1) or mirrored (0).
+    """Pictures `[count, 1, SIZE, SIZE]` of -1 and 1, and whether each follows the pattern (1) or its opposite
+    (0).
 
-    A mirrored one is its own transpose, a turned one itself after a quarter of a turn; then a fifth of the cells
-    are drawn anew. Each cell alone, each row and each column look alike in both: only far cells, compared, tell.
+    A cell is its mirror cell across the diagonal times the sign of the place; then AGAIN of all cells are
+    drawn anew. Each row and each column alone, and each pair of cells that are not each other's mirror, look
+    alike in both.
     """
     gen = torch.Generator().manual_seed(seed)
 
     def drawn() -> Tensor:
         return torch.randint(2, (count, SIZE, SIZE), generator=gen).float() * 2 - 1
 
-    first, half = drawn(), SIZE // 2
-    mirrored = first.triu() + first.triu(1).mT
-    turned = torch.zeros_like(first)
-    for _ in range(4):
-        turned[:, :half, :half] = first[:, :half, :half]
-        turned = turned.rot90(1, (1, 2))
-    label = torch.randint(2, (count,), generator=gen)
-    images = torch.where(label.view(-1, 1, 1) == 1, turned, mirrored)
+    first, label = drawn(), torch.randint(2, (count,), generator=gen)
+    signs = (2 * label - 1).view(-1, 1, 1) * pattern()
+    images = first.triu() + (signs * first.triu(1).mT).tril(-1)
     again = torch.rand(images.shape, generator=gen) < AGAIN
     return torch.where(again, drawn(), images).unsqueeze(1), label
+
+
+def best(images: Tensor) -> Tensor:
+    """The likelier label of each picture, all that can be known."""
+    cells = images[:, 0]
+    return ((pattern() * cells * cells.mT).triu(1).sum((1, 2)) > 0).long()
 
 
 class Layer(nn.Module):
@@ -52,9 +66,8 @@ class Layer(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         seen = self.standard(self.operator(*self.views(h).chunk(2, 1)))
-        return F.gelu(
-            self.last(self.mix(torch.cat((h, seen), 1)))
-        ).mT  # so that the next mixes along the other axis
+        made = F.gelu(self.last(self.mix(torch.cat((h, seen), 1))))
+        return made.mT  # so that the next mixes along the other axis
 
 
 class Net(nn.Module):
@@ -71,8 +84,8 @@ class Net(nn.Module):
 
 
 def trained(name: str) -> Net:
-    """The net that training/train_turns.py made: a reach and a seed, such as "all-0"."""
-    net, found = Net(name.partition("-")[0]), load_file(WEIGHTS / f"turns-{name}.safetensors")
+    """The net that training/train_mirrored.py made: a reach and a seed, such as "all-0"."""
+    net, found = Net(name.partition("-")[0]), load_file(WEIGHTS / f"mirrored-{name}.safetensors")
     net.load_state_dict({n: p.float() if p.is_floating_point() else p for n, p in found.items()})
     return net.eval()
 
