@@ -28,6 +28,8 @@ class SpectralConv(nn.Module):
         h, w = x.shape[2:]
         if min(h, w) < 2 * self.modes - 1:
             raise ValueError(f"a grid must have at least {2 * self.modes - 1} points a side, got {h} x {w}")
+        if not x.numel():
+            return x.clone()
         z = torch.fft.rfft2(x)
         rows = torch.arange(1 - self.modes, self.modes, device=x.device) % h
         kept = z[:, :, rows, : self.modes]

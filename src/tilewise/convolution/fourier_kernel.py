@@ -74,6 +74,8 @@ class FourierKernelEstimator(nn.Module):
         """The kernel of every channel, `[B, channels, H, W]`, its origin in the upper left corner."""
         if features.ndim != 4 or features.shape[1] != self.width or 0 in features.shape[2:]:
             raise ValueError(f"features must be [B, {self.width}, H, W], got shape {list(features.shape)}")
+        if not len(features):
+            return self.narrow(features)
         factors = self._factors(torch.fft.rfft2(self.narrow(features), norm="ortho"))
         made = torch.fft.irfft2(factors, features.shape[2:])
         return made if self.support is None else made * _supported(made, self.support)
@@ -132,5 +134,7 @@ def _even(x: Tensor) -> Tensor:
 def convolve(features: Tensor, kernels: Tensor) -> Tensor:
     """Circular convolution of `features [B, C, H, W]` with kernels of its size, `[B, C|1, H, W]`, whose origin is
     the upper left corner."""
+    if not features.numel():
+        return features * kernels
     spectrum = torch.fft.rfft2(features) * torch.fft.rfft2(kernels)
     return torch.fft.irfft2(spectrum, features.shape[2:])
