@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -59,10 +61,15 @@ def _octaves() -> Tensor:
 def bands(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Windows that hold one group of frequencies each, with noise and without, `[count, SIDE, SIDE, 1]`."""
     gen = torch.Generator().manual_seed(seed)
-    layer, across = AFMM(1, WINDOW), SIDE // WINDOW
+    across = SIDE // WINDOW
     group = torch.randint(WINDOW, (count, across, across, 1), generator=gen)
     loud = LOUD * torch.randn(count, across, across, WINDOW**2, generator=gen)
-    clean = layer.image(((_octaves() == group) * loud).unsqueeze(4), SIDE, SIDE)
+    held = ((_octaves() == group) * loud).unflatten(3, (WINDOW, WINDOW))  # [b, h, w, vertical, horizontal]
+    k = torch.arange(WINDOW, dtype=torch.float32)
+    waves = (2 / WINDOW) ** 0.5 * torch.cos(math.pi * k.unsqueeze(1) * (2 * k + 1) / (2 * WINDOW))
+    waves[0] *= 0.5**0.5
+    windows = torch.einsum("bhwij,iy,jx->bhywx", held, waves, waves)
+    clean = windows.flatten(3).flatten(1, 2).unsqueeze(3)
     return clean + torch.randn(clean.shape, generator=gen), clean
 
 
@@ -78,8 +85,12 @@ class ByOthers(AFMM):
         return super().modulation(spectrum.roll(1, 0))
 
 
-def by_place() -> AFMM:
-    """Weights of places in a window instead of frequencies: no cosine transform. A control."""
-    layer = AFMM(1, WINDOW)
-    layer.basis = torch.eye(WINDOW**2, dtype=torch.float64)
+def weigher(kind: type[AFMM] = AFMM, places: bool = False, **settings: bool) -> AFMM:
+    """A layer that begins by changing nothing: with one channel it cannot come by the sign that its last layer
+    lacks. `places` weighs places in a window instead of frequencies, without a cosine transform. A control."""
+    layer = kind(1, WINDOW, **settings)
+    nn.init.ones_(layer.out.weight)
+    nn.init.zeros_(layer.out.bias)
+    if places:
+        layer.basis = torch.eye(WINDOW**2, dtype=torch.float64)
     return layer

@@ -17,7 +17,6 @@ from tests.convolution import photographs as p
 from tests.convolution.blurs import blurred
 from tests.convolution.moving import clips, grain
 from tilewise.convolution import (
-    AFMM,
     HCFSS,
     VONSS,
     DeepRFT,
@@ -180,10 +179,10 @@ TRAININGS = {
     "lines-rows": Training(follower(*("rows",) * 4), blocks.lines_loss, 600, 5e-3),
     "lines-cross": Training(follower(*("rows", "columns") * 2), blocks.lines_loss, 600, 5e-3),
     "lines-near": Training(lambda: blocks.Follower(NearOnly(blocks.WIDTH, 11)), blocks.lines_loss, 600, 5e-3),
-    "bands": Training(lambda: AFMM(1), blocks.bands_loss, 600, 1e-2),
-    "bands-fixed": Training(lambda: AFMM(1, adaptive=False), blocks.bands_loss, 600, 1e-2),
-    "bands-others": Training(lambda: blocks.ByOthers(1), blocks.bands_loss, 600, 1e-2),
-    "bands-place": Training(blocks.by_place, blocks.bands_loss, 600, 1e-2),
+    "bands": Training(blocks.weigher, blocks.bands_loss, 600, 1e-2),
+    "bands-fixed": Training(lambda: blocks.weigher(adaptive=False), blocks.bands_loss, 600, 1e-2),
+    "bands-others": Training(lambda: blocks.weigher(blocks.ByOthers), blocks.bands_loss, 600, 1e-2),
+    "bands-place": Training(lambda: blocks.weigher(places=True), blocks.bands_loss, 600, 1e-2),
     "deblur": Training(lambda: DeepRFT(keeps=True), deblurring_loss(1.0), 960),
     "deblur-spatial": Training(
         lambda: DeepRFT(keeps=True, head=lambda width, out: SpatialHead(width, out, 15)),
