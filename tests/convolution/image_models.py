@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.convolution import blurs
+from tests.convolution import blocks, blurs
 from tests.convolution import photographs as p
-from tests.convolution.moving import clips
+from tests.convolution.moving import clips, grain
 from tilewise.convolution import (
     HCFSS,
+    VONSS,
     DeepRFT,
     FlashI2V,
     WaLLoC,
@@ -24,6 +25,7 @@ from tilewise.convolution import (
     flow_loss,
     rate_distortion,
 )
+from tilewise.convolution.vonss import DIRECTIONS
 
 RATE = 0.01  # the weight of the squared error in a codec's loss
 
@@ -127,11 +129,43 @@ class Concatenated(nn.Module):
         return self.denoiser(torch.cat((x, image.unsqueeze(1).expand_as(x)), 4), t)
 
 
-def video_loss(model: nn.Module, seed: int) -> Tensor:
-    clip = clips(24, seed)
+class Unguided(nn.Module):
+    """A denoiser that sees zeros in the place of high frequencies, so that it is as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoiser = Denoiser(6)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.denoiser(torch.cat((x, torch.zeros_like(x)), 4), t)
+
+
+@lru_cache
+def few_shapes() -> Tensor:
+    """All clips of moving shapes that some models see in training."""
+    return clips(96, 1 << 22)
+
+
+def shapes_loss(model: nn.Module, seed: int) -> Tensor:
     gen = torch.Generator().manual_seed(seed)
-    noise, t = torch.randn(clip.shape, generator=gen), torch.rand(len(clip), generator=gen)
+    return video_loss(model, few_shapes()[torch.randint(96, (24,), generator=gen)], seed)
+
+
+def grain_loss(model: nn.Module, seed: int) -> Tensor:
+    return video_loss(model, grain(24, seed), seed)
+
+
+def video_loss(model: nn.Module, clip: Tensor, seed: int) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    noise, t, share = torch.randn(clip.shape, generator=gen), *torch.rand(2, len(clip), generator=gen)
+    if isinstance(model, FlashI2V):
+        least, most = model.drawn
+        return model.loss(clip, noise, t, least + (most - least) * share)
     return flow_loss(lambda x, at: model(x, at, clip[:, 0]), clip, noise, t)
+
+
+def follower(*directions: str) -> Callable[[], nn.Module]:
+    return lambda: blocks.Follower(VONSS(blocks.WIDTH, states=4, directions=directions))
 
 
 TRAININGS = {
@@ -141,6 +175,14 @@ TRAININGS = {
     "hcfss": Training(lambda: HCFSS(states=4), codec_loss, 1152),
     "hcfss-rows": Training(lambda: HCFSS(states=4, directions=("rows",) * 4), codec_loss, 1152),
     "hcfss-near": Training(lambda: HCFSS(far=lambda width: NearOnly(width, 20)), codec_loss, 1152),
+    "lines": Training(follower(*DIRECTIONS), blocks.lines_loss, 600, 5e-3),
+    "lines-rows": Training(follower(*("rows",) * 4), blocks.lines_loss, 600, 5e-3),
+    "lines-cross": Training(follower(*("rows", "columns") * 2), blocks.lines_loss, 600, 5e-3),
+    "lines-near": Training(lambda: blocks.Follower(NearOnly(blocks.WIDTH, 11)), blocks.lines_loss, 600, 5e-3),
+    "bands": Training(blocks.weigher, blocks.bands_loss, 600, 1e-2),
+    "bands-fixed": Training(lambda: blocks.weigher(adaptive=False), blocks.bands_loss, 600, 1e-2),
+    "bands-others": Training(lambda: blocks.weigher(blocks.ByOthers), blocks.bands_loss, 600, 1e-2),
+    "bands-place": Training(lambda: blocks.weigher(places=True), blocks.bands_loss, 600, 1e-2),
     "deblur": Training(lambda: DeepRFT(channels=1, keeps=True), deblurring_loss(), 1400, 6e-3),
     "deblur-free": Training(lambda: DeepRFT(channels=1, keeps=True), deblurring_loss(0.0), 1400, 6e-3),
     "deblur-spatial": Training(
@@ -149,8 +191,10 @@ TRAININGS = {
         1400,
         6e-3,
     ),
-    "video-shifted": Training(lambda: FlashI2V(Denoiser(6)), video_loss, 1000),
-    "video-beside": Training(Concatenated, video_loss, 1000),
+    "video-shifted": Training(lambda: FlashI2V(Denoiser(6)), shapes_loss, 900),
+    "video-beside": Training(Concatenated, shapes_loss, 900),
+    "grain-guided": Training(lambda: FlashI2V(Denoiser(6)), grain_loss, 300),
+    "grain-unguided": Training(lambda: FlashI2V(Unguided(), guide=False), grain_loss, 300),
 }
 
 

@@ -1,4 +1,4 @@
-"""HCFSSNet: scans in all directions, frequencies weighed, and a codec that is better for both."""
+"""HCFSSNet: scans in all directions, frequencies weighed, each shown alone, and a small codec of both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.convolution import blocks
 from tests.convolution import photographs as p
 from tests.convolution.image_models import RATE, size, trained
 from tilewise.convolution import (
@@ -228,6 +229,77 @@ def test_blocks_take_any_grid():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_ends_of_lines_are_where_a_line_begins_or_stops():
+    seen, wanted = blocks.lines(2, 1)
+    for number, name in enumerate(DIRECTIONS):
+        order = scan_order(name, blocks.SIDE, blocks.SIDE)
+        along, told = (x.flatten(1, 2)[:, order] for x in (wanted[..., number], seen[..., 4 + number]))
+        moved = along.diff(dim=1) != 0  # from one line to the next
+        assert told[:, :-1][moved].all() and told[:, 1:][moved].all()
+        assert told.sum() < 2 * 2 * 2 * 2 * blocks.SIDE
+
+
+@lru_cache
+@torch.no_grad()
+def along(name: str) -> list[float]:
+    """Squared error inside a grid, along rows, columns and both diagonals; of no use at all is 1."""
+    seen, wanted = blocks.lines(128, 1)
+    return (trained(name)(seen) - wanted).square()[:, 1:-1, 1:-1].mean((0, 1, 2)).tolist()
+
+
+@torch.no_grad()
+def left(name: str) -> float:
+    """Squared error after noise was taken from windows that hold one group of frequencies each."""
+    seen, clean = blocks.bands(512, 1)
+    return (trained(name)(seen) - clean).square().mean().item()
+
+
+@pytest.mark.evidence
+def test_one_layer_follows_lines_in_all_directions():
+    """Ends of lines tell their values, which are to be known all along them. Controls: as many scans and
+    parameters along rows, or along rows and columns; convolutions with more."""
+    assert size("lines") == size("lines-rows") == size("lines-cross") < size("lines-near")
+    every, rows, cross, near = (along(f"lines{end}") for end in ("", "-rows", "-cross", "-near"))
+    assert max(every) < 0.05, every
+    assert rows[0] < 0.1 and min(rows[1:]) > 0.5, rows
+    assert max(cross[:2]) < 0.1 and min(cross[2:]) > 0.5, cross
+    assert min(near) > 5 * max(every), (near, every)
+
+
+@pytest.mark.evidence
+def test_frequencies_are_weighed_by_what_a_window_holds():
+    """Noise taken from windows, each with an octave of its own. The best that weights alike for all windows can do
+    is known: `p n / (p + n)` of power p and noise n. Controls: the layer with those alone, with weights made of
+    another picture, and of places instead of frequencies."""
+    assert size("bands") == size("bands-fixed") == size("bands-others") == size("bands-place")
+    power = blocks.LOUD**2 / blocks.WINDOW
+    alike, told = power / (power + 1), blocks.LOUD**2 / (blocks.LOUD**2 + 1) / blocks.WINDOW
+    assert left("bands") < 0.6 * alike and left("bands") > told, (left("bands"), told)
+    for control in ("fixed", "others", "place"):
+        assert left(f"bands-{control}") > 0.93 * alike, (control, left(f"bands-{control}"), alike)
+    assert left("bands-fixed") < 1.03 * alike
+
+
+def entropy_of_channels(x: Tensor) -> float:
+    """Bits of whole numbers `[1, C, H, W]` by a code of its own for each channel, the best there is for them."""
+    bits = 0.0
+    for channel in x[0]:
+        share = channel.flatten().unique(return_counts=True)[1] / channel.numel()
+        bits -= (share * share.log2()).sum().item() * channel.numel()
+    return bits
+
+
+@pytest.mark.evidence
+def test_side_information_saves_more_than_it_costs():
+    """The trained codec on held-out photographs. Control: for every channel of the same latents the code that is
+    best for that picture, which needs no side information and does not look at neighbours."""
+    codec = trained("hcfss")
+    for image in p.whole_held_out(16):
+        with torch.no_grad():
+            bits, latent = codec(image).bits.item(), codec.encoder(image)
+        assert bits < 0.75 * entropy_of_channels(latent.round())
 
 
 @lru_cache
