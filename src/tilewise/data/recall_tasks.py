@@ -138,82 +138,54 @@ def recall_after_forgetting(
     return tokens, targets
 
 
-def notes(
+def registers(
     examples: int,
     length: int,
     *,
-    facts: int = 10,
-    registers: int = 3,
-    far: int = 64,
-    soon: int = 8,
-    vocabulary: int = 60,
+    count: int = 3,
+    apart: tuple[int, int] = (4, 8),
+    vocabulary: int = 64,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Facts that are told once and asked for much later, among registers that are written again and again and
-    asked for soon after: a memory must keep some things long, and know at once when others change.
+    """Registers that are written again and again and asked for soon after: a memory must know at once what changed.
 
-    A sequence is pairs of tokens: a fact and its value, a register and its new value, or a key and token 0, which
-    asks for what it last stood for. About 15 in 100 pairs tell a fact as long as there are some, 20 ask for one
-    that was told at least `far` tokens ago, 25 ask for a register written in the last `soon` tokens, and the rest,
-    and where there is nothing to ask for, write a register.
+    A sequence is pairs of tokens: a register and its new value, or a register and token 0, which asks for what was
+    last written to it. Four pairs in ten ask for a register that was last written between `apart[0]` and `apart[1]`
+    tokens ago, if there is one; the others write.
+
+        r1 v1 r1 v2 r2 v3 r1 0 r2 0        is asked    . . . . . . v2 . v3 .
 
     Args:
-        examples: sequences made. length: of each, even. facts, registers: numbers. far, soon: as above.
-        vocabulary: tokens; 0 asks, then one for each register, and the rest in three equal parts: facts' keys,
-            facts' values, registers' values.
+        examples: sequences made. length: of each, even. count: registers, tokens 1 to `count`. apart: as above;
+            what was written just now is also seen by a short convolution.
+        vocabulary: tokens; values are its upper half.
         seed: equal seeds give equal sequences.
 
     Returns:
-        Tokens and targets, int64 `[examples, length]`; a target is IGNORE except at questions, where `notes_parts`
-        tells those for facts from those for registers.
+        Tokens and targets, int64 `[examples, length]`; a target is IGNORE except at questions.
 
     Raises ValueError for sizes that do not fit.
     """
-    part = (vocabulary - 1 - registers) // 3
-    if min(examples, registers, soon, far) < 1 or length % 2 or length < 2 or not 1 <= facts <= part:
+    half = vocabulary // 2
+    least, most = apart
+    if examples < 1 or not 2 <= least <= most or length < 2 or length % 2 or not 1 <= count < half:
         raise ValueError(
-            f"examples, registers, far and soon must be at least 1, length even, and facts between 1 and the {part}"
-            f" keys of the vocabulary, got {examples}, {registers}, {far}, {soon}, {length} and {facts}"
+            f"examples must be at least 1, apart 2 or more and rising, length even, count between 1 and {half - 1},"
+            f" the vocabulary's lower half without 0, got {examples}, {apart}, {length} and {count}"
         )
     gen, rows = torch.Generator().manual_seed(seed), torch.arange(examples)
-    first = 1 + registers  # the first fact's key
-    names = first + torch.rand(examples, part, generator=gen).argsort(1)[:, :facts]
-    values = first + part + torch.randint(part, (examples, facts), generator=gen)
-    never = -(10**9)
-    told, written = torch.full((examples, facts), -never), torch.full((examples, registers), never)
-    count, held = (
-        torch.zeros(examples, dtype=torch.int64),
-        torch.zeros(examples, registers, dtype=torch.int64),
-    )
+    written = torch.full((examples, count), -most - 1)
+    held = torch.zeros(examples, count, dtype=torch.int64)
     tokens = torch.zeros(examples, length, dtype=torch.int64)
     targets = torch.full_like(tokens, IGNORE)
     for place in range(0, length, 2):
-        draw = torch.rand(examples, generator=gen)
-        old, recent = place - told >= far, place - written <= soon
-        asked = (torch.rand(examples, facts, generator=gen) * old).argmax(1)
-        read = (torch.rand(examples, registers, generator=gen) * recent).argmax(1)
-        which = torch.randint(registers, (examples,), generator=gen)
-        new = first + 2 * part + torch.randint(part, (examples,), generator=gen)
-        next_ = count.clamp(max=facts - 1)
-        tell = (draw < 0.15) & (count < facts)
-        ask = (draw >= 0.15) & (draw < 0.35) & old.any(1)
-        see = (draw >= 0.35) & (draw < 0.6) & recent.any(1)
-        write = ~(tell | ask | see)
-        kinds = torch.stack((tell, ask, see, write)).long().argmax(0)
-        keys = torch.stack((names[rows, next_], names[rows, asked], 1 + read, 1 + which))
-        none = torch.zeros_like(new)
-        tokens[:, place] = keys[kinds, rows]
-        tokens[:, place + 1] = torch.stack((values[rows, next_], none, none, new))[kinds, rows]
-        none = none + IGNORE
-        targets[:, place] = torch.stack((none, values[rows, asked], held[rows, read], none))[kinds, rows]
-        told[rows, next_] = torch.where(tell, place, told[rows, next_])
-        written[rows, which] = torch.where(write, place, written[rows, which])
-        held[rows, which] = torch.where(write, new, held[rows, which])
-        count += tell
+        recent = (place - written >= least) & (place - written <= most)
+        ask = (torch.rand(examples, generator=gen) < 0.4) & recent.any(1)
+        read = (torch.rand(examples, count, generator=gen) * recent).argmax(1)
+        which = torch.where(ask, read, torch.randint(count, (examples,), generator=gen))
+        new = torch.randint(half, vocabulary, (examples,), generator=gen)
+        tokens[:, place], tokens[:, place + 1] = 1 + which, new.masked_fill(ask, 0)
+        targets[:, place] = torch.where(ask, held[rows, which], IGNORE)
+        written[rows, which] = torch.where(ask, written[rows, which], place)
+        held[rows, which] = torch.where(ask, held[rows, which], new)
     return tokens, targets
-
-
-def notes_parts(tokens: Tensor, targets: Tensor, registers: int = 3) -> tuple[Tensor, Tensor]:
-    """Targets of the questions for facts alone, and of those for registers, of what `notes` gave."""
-    late = tokens > registers
-    return targets.masked_fill(~late, IGNORE), targets.masked_fill(late, IGNORE)

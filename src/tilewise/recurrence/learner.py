@@ -20,10 +20,18 @@ def plain(weights: FastWeights, step: FastWeights) -> FastWeights:
     return weights.moved(step, None)
 
 
-def keeping(first: FastWeights) -> Update:
-    """Plain gradient descent, then all rows of the weights as long as those of `first`."""
+def bounded(first: FastWeights) -> Update:
+    """Plain gradient descent, then rows of the first layer brought back to the length they have in `first`, and
+    those of the second, which may begin at 0, to 1, if they are longer."""
     lengths = first.lengths
-    return lambda weights, step: weights.moved(step, lengths)
+    bounds = FastWeights(lengths.gate, lengths.up, torch.ones_like(lengths.down))
+
+    def update(weights: FastWeights, step: FastWeights) -> FastWeights:
+        made = weights.moved(step, None)
+        pairs = ((made.gate, bounds.gate), (made.up, bounds.up), (made.down, bounds.down))
+        return FastWeights(*(w * (b / (w.norm(dim=-1, keepdim=True) + 1e-5)).clamp(max=1) for w, b in pairs))
+
+    return update
 
 
 @dataclass(frozen=True, eq=False)
