@@ -64,9 +64,7 @@ class Nothing(nn.Module):
 
 OPERATORS = {
     "fno": lambda: FNO(width=12, modes=6, layers=4),
-    "t1": lambda: T1(width=10, modes=14, layers=3),
-    "t1-plain": lambda: T1(width=10, modes=14, layers=3, init="plain"),
-    "t1-few": lambda: T1(width=25, modes=6, layers=3),
+    "t1": lambda: T1(transform="fourier", init="plain"),
     "afno": lambda: AFNONet(),
     "afno-none": lambda: Local(),
 }
