@@ -1,7 +1,8 @@
 """Trains the small operators of tests/convolution on flows (`navier_stokes.py`), a file of weights for each.
 
 `python training/train_operators.py [NAME ...]` solves for 800 fields (10 seconds of one core), writes
-tests/convolution/weights/operator-NAME.safetensors and prints what was found; FNO and T1 take two minutes each.
+tests/convolution/weights/operator-NAME.safetensors and prints what was found; FNO and T1 take two minutes
+each.
 """
 
 from __future__ import annotations

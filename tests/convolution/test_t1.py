@@ -24,8 +24,8 @@ HALVES = (lambda z: math.sqrt(2) * z.real, lambda z: -math.sqrt(2) * z.imag)  # 
 @pytest.mark.evidence
 def test_the_first_weights_keep_the_variance_of_a_cut_signal():
     """White noise of 48 x 32 points, cut to the m x m lowest modes, a matrix for each, and back: the field's
-    variance is what came, within sampling, for every m and either transform. Control: weights that do not know
-    of the cut lose all but m^2 of 1,536 parts of it."""
+    variance is what came, within sampling, for every m and either transform. Control: weights that do not
+    know of the cut lose all but m^2 of 1,536 parts of it."""
     torch.manual_seed(0)
     x = torch.randn(64, 32, 48, 32)
     for modes, transform in itertools.product((5, 9, 17), ("cosine", "fourier")):
@@ -47,8 +47,8 @@ def test_the_first_weights_keep_the_variance_of_a_cut_signal():
 
 @pytest.mark.evidence
 def test_it_transforms_once(monkeypatch):
-    """One cut transform and one back for any number of layers, of the input's channels and the output's alone.
-    Control: FNO's Fourier transforms are two in each layer, of all its channels."""
+    """One cut transform and one back for any number of layers, of the input's channels and the output's
+    alone. Control: FNO's Fourier transforms are two in each layer, of all its channels."""
     counts = {"to_modes": 0, "from_modes": 0, "rfft2": 0, "irfft2": 0}
 
     def counted(owner: object, name: str) -> None:
@@ -74,9 +74,9 @@ def test_it_transforms_once(monkeypatch):
 @pytest.mark.evidence
 def test_it_learns_a_flow_as_no_linear_map_and_no_other_modes_can():
     """Vorticity after 8 seconds of a forced flow, fresh fields from the solver, learned from 800
-    (training/train_operators.py): T1 errs by less than a third of what the linear map fitted to the same fields
-    does. Controls: what fewer modes, or as many of the other transform, could reach at best is more than T1
-    errs. How FNO compares is on docs/spectral.md."""
+    (training/train_operators.py): T1 errs by less than a third of what the linear map fitted to the same
+    fields does. Controls: what fewer modes, or as many of the other transform, could reach at best is more
+    than T1 errs. How FNO compares is on docs/spectral.md."""
     found = operators.error(operators.load("t1"))
     later = operators.held_out()[1]
     best = {
@@ -140,7 +140,7 @@ def test_fno_is_its_formula_on_the_modes_it_keeps():
 
 @pytest.mark.parametrize("transform", ["cosine", "fourier"])
 def test_modes_are_orthonormal_and_the_transforms(transform):
-    """All modes of a line are an orthonormal basis; the lowest are the transform's; a cut field comes back."""
+    """All modes of a line are an orthonormal basis; the lowest are the transform's; a cut one comes back."""
     for n in (7, 8):
         whole = low_modes(
             transform, n, n if transform == "cosine" or n % 2 else n - 1, torch.ones(1).double()

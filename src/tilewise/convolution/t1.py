@@ -46,8 +46,8 @@ def from_modes(z: Tensor, transform: str, size: Sequence[int]) -> Tensor:
 
 
 class T1Layer(nn.Module):
-    """Mixes modes directly: a matrix of channels for each mode; matrices along both sides to more numbers than
-    modes, an activation, matrices back.
+    """Mixes modes directly: a matrix of channels for each mode; matrices along both sides to more numbers
+    than modes, an activation, matrices back.
 
     `forward(z [B, width, m, m])` gives its shape, a residual included.
 
@@ -95,8 +95,8 @@ class T1(nn.Module):
 
     After Poli et al., 2022 (arXiv 2211.14453). Modes have biases in place of channels of places. The authors'
     layers mix modes after the activation, m to m; here it stands between two mixings, in a wider space, and
-    modes can be scaled by their deviation in the data (`scale_to`): measured on docs/spectral.md. Other grids than
-    `size` work: modes are scaled by their points.
+    modes can be scaled by their deviation in the data (`scale_to`): measured on docs/spectral.md. Other
+    grids than `size` work: modes are scaled by their points.
     """
 
     in_mean: Tensor
