@@ -24,7 +24,7 @@ from training.navier_stokes import pairs  # noqa: E402
 FIELDS, BATCH = 800, 32
 # Steps and rate. Of FNO 3e-3 to 4e-2 and of T1 3e-3 to 8e-2 were tried. T1's steps are as many as take about
 # as long as FNO's.
-SETTINGS = {"fno": (1500, 4e-2), "t1": (4500, 6e-2)}
+SETTINGS = {"fno": (1500, 4e-2), "t1": (4500, 6e-2), "fno-brief": (450, 4e-2), "t1-brief": (1300, 6e-2)}
 OTHERS = (1500, 3e-3)
 
 
@@ -41,12 +41,13 @@ def main(names: list[str]) -> None:
     fields, later = pairs(FIELDS, 0)
     print(f"{FIELDS} fields in {time.process_time() - begun:.0f} s", flush=True)
     for name in names or operators.OPERATORS:
-        torch.manual_seed(0)
-        gen = torch.Generator().manual_seed(0)
-        model, (steps, rate) = operators.OPERATORS[name](), SETTINGS.get(name, OTHERS)
+        kind, seed = operators.seeded(name)
+        torch.manual_seed(seed)
+        gen = torch.Generator().manual_seed(seed)
+        model, (steps, rate) = operators.OPERATORS[name](), SETTINGS.get(kind, OTHERS)
         if isinstance(model, T1):
             model.scale_to(fields, later)
-        size = sum(p.numel() for p in model.parameters())
+        size = operators.count(model)
         optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
         begun = time.process_time()
@@ -59,7 +60,7 @@ def main(names: list[str]) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            if (step + 1) % 500 == 0:
+            if (step + 1) % 500 == 0 or step + 1 == steps:
                 spent = time.process_time() - begun
                 print(f"  {name} {step + 1}: {loss.item():.4f}, {spent:.0f} s", flush=True)
         path = operators.WEIGHTS / f"operator-{name}.safetensors"

@@ -14,6 +14,7 @@ from tilewise.convolution import AFNO, FNO, T1
 from tilewise.convolution.fno import with_places
 
 WEIGHTS = Path(__file__).parent / "weights"
+BRIEF = (1, 2)  # seeds
 SIDE, SEED = 32, 1 << 20  # of test fields; training draws from seeds far below
 
 
@@ -68,6 +69,19 @@ OPERATORS = {
     "afno": lambda: AFNONet(),
     "afno-none": lambda: Local(),
 }
+# Half a minute of training each, by name and seed.
+OPERATORS |= {f"{name}-brief-{seed}": OPERATORS[name] for name in ("fno", "t1") for seed in BRIEF}
+
+
+def seeded(name: str) -> tuple[str, int]:
+    """A name without its seed, and that seed, 0 where it says none."""
+    kind, _, seed = name.rpartition("-")
+    return (kind, int(seed)) if seed.isdigit() else (name, 0)
+
+
+def count(model: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def relative(found: Tensor, want: Tensor) -> Tensor:

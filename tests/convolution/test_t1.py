@@ -98,8 +98,20 @@ def test_it_learns_a_flow_as_no_linear_map_and_no_other_modes_can():
 
 
 @pytest.mark.evidence
+def test_it_errs_less_than_fno_in_as_much_time():
+    """Half a minute of training each on the same 800 fields, two seeds: FNO takes 450 steps, T1, with fewer
+    parameters, 1,300 and less time (docs/spectral.md; the next test holds what a step takes). Control: T1 not
+    trained knows nothing."""
+    for seed in operators.BRIEF:
+        ours, fno = (operators.load(f"{name}-brief-{seed}") for name in ("t1", "fno"))
+        assert operators.count(ours) < operators.count(fno)
+        assert operators.error(ours) < 0.97 * operators.error(fno), seed
+    assert operators.error(operators.OPERATORS["t1"]()) > 0.5
+
+
+@pytest.mark.evidence
 def test_a_step_takes_less_time_and_an_answer_the_less_the_finer_the_grid():
-    """T1 and an FNO of a few more parameters, 32 and 64 points a side: a step of training takes under 0.6 of
+    """T1 and an FNO of a few more parameters, 32 and 64 points a side: a step of training takes under half of
     FNO's time, an answer the smaller share of it the finer the grid, as layers among a fixed number of modes
     cost as much on both."""
     models = {name: operators.OPERATORS[name]() for name in ("fno", "t1")}
@@ -115,7 +127,7 @@ def test_a_step_takes_less_time_and_an_answer_the_less_the_finer_the_grid():
         return ours / fno
 
     x, fine = torch.randn(32, 1, 32, 32), torch.randn(32, 1, 64, 64)
-    assert share(lambda model: model(x).square().mean().backward()) < 0.6
+    assert share(lambda model: model(x).square().mean().backward()) < 0.5
     with torch.no_grad():
         coarse, finer = (share(lambda model, of=of: model(of)) for of in (x, fine))
     assert finer < 0.6 * coarse < 0.4, (coarse, finer)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from tests.conformance.common import over_budget
 from tests.conformance.test_memory import allocations
-from tests.kernels.test_triton import in_a_process, interpreter_lacks
+from tests.kernels.test_triton import compiled_within, in_a_process, interpreter_lacks, needs_triton
 from tilewise.kernels import EngineRefused
+from tilewise.kernels.gpu import INTERPRETED
 from tilewise.kernels.long_conv import ENGINES, Call, explain, long_conv, native, op
-from tilewise.kernels.long_conv import triton as triton_engine
 from tilewise.kernels.long_conv.plan import Plan
 
 NAMES = ("x", "kernel", "gate_in", "gate_out", "skip", "before")
@@ -356,7 +356,7 @@ def test_engines_that_cannot_run_say_so():
     assert "computes in float32" in explain(call).refused["native"] and explain(call).engine == "torch"
     with pytest.raises(EngineRefused, match="engine 'native' cannot run this call: computes in float32"):
         long_conv(call, "native")
-    if not triton_engine.INTERPRETED:
+    if not INTERPRETED:
         with pytest.raises(EngineRefused, match="runs on GPUs|triton is not installed"):
             long_conv(call, "triton")
     assert set(op.IMPLEMENTATIONS) == set(ENGINES) - {"definition"}
@@ -434,24 +434,15 @@ def test_triton_in_the_interpreter():
 
 
 FOR_A_GPU = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
 from tests.kernels.test_long_conv import make
+from tests.kernels.test_triton import compiled, target_gpu
 from tilewise.kernels.long_conv import triton as engine, triton_windows
 
-class Target:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-    def get_current_device(self):
-        return 0
-    def get_current_stream(self, device=None):
-        return 0
-
 def start(grid, **arguments):
-    made = triton_windows.convolve.warmup(grid=grid, **arguments)
-    print("compiled", made.metadata.shared, "cubin" in made.asm)
+    compiled(triton_windows.convolve, **arguments)
 
-triton.runtime.driver.set_active(Target())
+target_gpu(90)
 engine.start = start
 engine.forward(make(channels=2, n=100, taps=100, before=True))
 engine.forward(make(channels=2, n=1024, taps=1024, causal=False))
@@ -461,11 +452,7 @@ engine.forward(make(channels=2, n=2048, taps=2048, dtype=torch.bfloat16))
 
 
 @pytest.mark.slow
+@needs_triton
 def test_triton_compiles_for_a_gpu(tmp_path):
     """To machine code for an H100, within its 227 KiB of shared memory."""
-    if not triton_engine.INSTALLED:
-        pytest.skip("triton is not installed")
-    output = in_a_process("-W", "error", "-c", FOR_A_GPU, TRITON_CACHE_DIR=str(tmp_path))
-    compiled = [line.split()[1:] for line in output.splitlines() if line.startswith("compiled")]
-    assert len(compiled) == 4
-    assert all(complete == "True" and int(shared) <= 227 * 1024 for shared, complete in compiled)
+    assert compiled_within(227, tmp_path, "-c", FOR_A_GPU) == ["convolve"] * 4

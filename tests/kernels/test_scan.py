@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_triton import in_a_process, interpreter_lacks
+from tests.kernels.test_triton import compiled_within, in_a_process, interpreter_lacks, needs_triton
 from tilewise.kernels import EngineRefused
 from tilewise.kernels.scan import ENGINES, Call, explain, native, scan
-from tilewise.kernels.scan import triton as triton_engine
 
 RULES = ("add", "delta")
 DECAYS = (None, "scalar", "channel")
@@ -519,24 +518,15 @@ def test_triton_in_the_interpreter():
 
 
 FOR_A_GPU = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
 from tests.kernels.test_scan import made
+from tests.kernels.test_triton import compiled, target_gpu
 from tilewise.kernels.scan import triton as engine
 
-class Target:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-    def get_current_device(self):
-        return 0
-    def get_current_stream(self, device=None):
-        return 0
-
 def start(kernel, call, **arguments):
-    made = kernel.warmup(grid=(1,), **engine._given(call), **arguments, **engine._sizes(call))
-    print("compiled", kernel.__name__, made.metadata.shared, "cubin" in made.asm)
+    compiled(kernel, **engine._given(call), **arguments, **engine._sizes(call))
 
-triton.runtime.driver.set_active(Target())
+target_gpu(90)
 engine.start = start
 for rule, kind, options in (
     ("add", None, {"beta": False, "state": False, "d_k": 128, "d_v": 128}),
@@ -550,14 +540,10 @@ for rule, kind, options in (
 
 
 @pytest.mark.slow
+@needs_triton
 def test_triton_compiles_for_a_gpu(tmp_path):
     """To machine code for an H100, within its 227 KiB of shared memory."""
-    if not triton_engine.INSTALLED:
-        pytest.skip("triton is not installed")
-    output = in_a_process("-W", "error", "-c", FOR_A_GPU, TRITON_CACHE_DIR=str(tmp_path))
-    compiled = [line.split()[1:] for line in output.splitlines() if line.startswith("compiled")]
-    assert [name for name, _, _ in compiled] == ["forward", "forward", "backward"] * 3
-    assert all(complete == "True" and int(shared) <= 227 * 1024 for _, shared, complete in compiled)
+    assert compiled_within(227, tmp_path, "-c", FOR_A_GPU) == ["forward", "forward", "backward"] * 3
 
 
 def test_triton_says_why_not():

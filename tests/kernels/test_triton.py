@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tests.conformance.common import exact, grid, naive, over_budget, qkv, repeat, with_grads
 from tilewise.attention import MoBA, Pass, Plan, plan
+from tilewise.kernels.gpu import INSTALLED, INTERPRETED
 from tilewise.tiles import (
     Causal,
     Documents,
@@ -38,9 +39,7 @@ from tilewise.tiles import (
 )
 
 ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-INSTALLED = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 B, HEADS, KV, N = 2, 2, 1, 45  # one batch entry where batches are not the matter
 
@@ -422,16 +421,13 @@ def test_numbers_in_the_interpreter():
 # Without a GPU, kernels can still be compiled for one, down to its machine code.
 
 
-def compile_for(arch: int, roomy: bool) -> None:
-    """Compile every kernel for a GPU of this compute capability, as calls would start it; print what each takes."""
+def target_gpu(arch: int) -> None:
+    """From here on this process compiles for GPUs of a compute capability, and can start nothing."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from tilewise.kernels.attend_tiles import Call, triton_launch
-    from tilewise.kernels.attend_tiles import triton as engine
-
     class Target:
-        """A driver that knows what to compile for and starts nothing."""
+        """A driver that knows what to compile for."""
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", arch, 32)
@@ -442,11 +438,32 @@ def compile_for(arch: int, roomy: bool) -> None:
         def get_current_stream(self, device: int | None = None) -> int:
             return 0
 
-    def start(kernel, programs, arguments) -> None:
-        made = kernel.warmup(grid=(1,), **arguments, enable_fp_fusion=True)
-        print("compiled", kernel.__name__, made.metadata.shared, "cubin" in made.asm)
-
     triton.runtime.driver.set_active(Target())
+
+
+def compiled(kernel: Any, **arguments: Any) -> None:
+    """Compile a kernel as a call would start it; print name, bytes of shared memory, whether it is whole."""
+    made = kernel.warmup(grid=(1,), **arguments)
+    print("compiled", kernel.__name__, made.metadata.shared, "cubin" in made.asm)
+
+
+def compiled_within(kib: int, cache: Path, *command: str) -> list[str]:
+    """Run Python, which calls `compiled`; the kernels it named, all whole and within so much shared memory."""
+    output = in_a_process("-W", "error", *command, TRITON_CACHE_DIR=str(cache))
+    made = [line.split()[1:] for line in output.splitlines() if line.startswith("compiled")]
+    assert all(complete == "True" and int(taken) <= kib * 1024 for _, taken, complete in made), made
+    return [name for name, _, _ in made]
+
+
+def compile_for(arch: int, roomy: bool) -> None:
+    """Compile every kernel for a GPU of this compute capability, as calls would start it."""
+    from tilewise.kernels.attend_tiles import Call, triton_launch
+    from tilewise.kernels.attend_tiles import triton as engine
+
+    def start(kernel, programs, arguments) -> None:
+        compiled(kernel, **arguments, enable_fp_fusion=True)
+
+    target_gpu(arch)
     triton_launch.start = engine.start = start
     triton_launch.roomy = lambda device: roomy
     pick = triton_launch.candidates
@@ -481,13 +498,8 @@ def compile_for(arch: int, roomy: bool) -> None:
 @pytest.mark.parametrize(("arch", "roomy", "shared"), [("90", "roomy", 227), ("89", "", 99)])
 def test_kernels_compile_for_gpus(arch, roomy, shared, tmp_path):
     """To machine code for an H100 and a consumer GPU, within their KiB of shared memory."""
-    output = in_a_process(
-        "-W", "error", "-m", "tests.kernels.test_triton", arch, roomy, TRITON_CACHE_DIR=str(tmp_path)
-    )
-    made = [line.split()[1:] for line in output.splitlines() if line.startswith("compiled")]
-    assert {"attend", "row_deltas", "d_queries", "d_keys"} <= {name for name, _, _ in made}
-    assert all(complete == "True" for _, _, complete in made)
-    assert max(int(taken) for _, taken, _ in made) <= shared * 1024
+    made = compiled_within(shared, tmp_path, "-m", "tests.kernels.test_triton", arch, roomy)
+    assert {"attend", "row_deltas", "d_queries", "d_keys"} <= set(made)
 
 
 # Without any of it.
@@ -497,18 +509,19 @@ def test_refusals_on_a_cpu():
     """Why not, in words; and nothing of Triton is imported for it."""
     script = """
 import sys, torch
+from tilewise.kernels import gpu
 from tilewise.kernels.attend_tiles import Call, triton
 from tilewise.tiles import Causal
 import tests.kernels.test_triton as test
 q, k, v = test.inputs(1, 2, 1, 20)
 print(triton.refuse(Call(q, k, v, Causal().bind(20, 20))))
-triton.INTERPRETED = True
+gpu.INTERPRETED = True
 print(triton.refuse(Call(q.double(), k.double(), v.double(), Causal().bind(20, 20))))
 print(triton.refuse(Call(q, k, torch.randn(1, 1, 20, 600), Causal().bind(20, 20))))
 by_query_head = Causal().bind(20, 20, k_pos=torch.arange(20).expand(1, 2, 20), q_pos=torch.arange(20))
 print(triton.refuse(Call(q, k, v, by_query_head)))
 print(triton.refuse(Call(q, k, v, Causal().bind(20, 20))))
-triton.INSTALLED = False
+gpu.INSTALLED = False
 print(triton.refuse(Call(q, k, v, Causal().bind(20, 20))))
 print("triton" in sys.modules)
 """

@@ -11,8 +11,6 @@ environment before Tilewise is imported.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -46,27 +44,23 @@ from tilewise.kernels.attend_tiles.triton_launch import (
     stored,
 )
 from tilewise.kernels.attend_tiles.triton_layout import Layout, Range
+from tilewise.kernels.gpu import absent, too_wide
 from tilewise.tiles import Partial
 
-INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MANY = 1 << 30  # more keys than any block holds
 
 
 def refuse(call: Call) -> str | None:
     """Why this call cannot run here."""
     q = call.q
-    if not q.is_cuda and not INTERPRETED:
-        return f"runs on GPUs, the tensors are on {q.device.type}"
-    if not INSTALLED:
-        return "triton is not installed"
+    if reason := absent(q):
+        return reason
     if call.q_scale is not None or call.weights is not None:
         return "multiplies no quantised operands"
     if call.bias_rows != 1:
         return "reads no bias whose rows several queries share"
-    if q.dtype not in DTYPES:
-        return f"accumulates in float32, the tensors are {str(q.dtype).removeprefix('torch.')}"
+    if reason := too_wide(q):
+        return reason
     if max(q.shape[3], call.v.shape[3]) > 512:
         return "a head_dim beyond 512 does not fit in a block"
     if q.is_cuda and torch.version.hip is None and not torch.compiler.is_compiling():

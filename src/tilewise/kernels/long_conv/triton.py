@@ -8,8 +8,6 @@ prefers the torch engine: this one has not been measured on a GPU yet.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -18,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tilewise.kernels.gpu import INTERPRETED, absent, too_wide
 from tilewise.kernels.long_conv import op
 from tilewise.kernels.long_conv.call import Call
 from tilewise.kernels.long_conv.monarch import factor, whole
 from tilewise.kernels.long_conv.plan import Plan, plan
 from tilewise.kernels.long_conv.windows import unfolded
 
-INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 SHORTEST = 256  # window
 # Longest window: its matrices have to fit in 227 KiB, and three products for float32's digits take twice as much.
 # bfloat16 has fewer digits than those that are left by one.
@@ -37,12 +34,8 @@ AT_ONCE = 1 << 24  # numbers transformed together for the kernel's gradient
 
 def refuse(call: Call) -> str | None:
     """Why this call cannot run here."""
-    if not call.x.is_cuda and not INTERPRETED:
-        return f"runs on GPUs, the tensors are on {call.x.device.type}"
-    if not INSTALLED:
-        return "triton is not installed"
-    if call.x.dtype not in LONGEST:
-        return f"accumulates in float32, the tensors are {str(call.x.dtype).removeprefix('torch.')}"
+    if reason := absent(call.x) or too_wide(call.x):
+        return reason
     if call.x.shape[2] < FEWEST:
         return f"transforms {FEWEST} tokens or more, the call has {call.x.shape[2]}"
     if call.sparse:

@@ -8,19 +8,15 @@ those between again.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tilewise.kernels.gpu import INTERPRETED, absent, too_wide
 from tilewise.kernels.scan import op
 from tilewise.kernels.scan.call import Call
 
-INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EVERY = 32  # tokens between two kept states, where the call does not say
 MOST = 8192  # numbers of the state that a program holds
 
@@ -28,12 +24,8 @@ MOST = 8192  # numbers of the state that a program holds
 def refuse(call: Call) -> str | None:
     """Why this call cannot run here."""
     q = call.q
-    if not q.is_cuda and not INTERPRETED:
-        return f"runs on GPUs, the tensors are on {q.device.type}"
-    if not INSTALLED:
-        return "triton is not installed"
-    if q.dtype not in DTYPES:
-        return f"accumulates in float32, the tensors are {str(q.dtype).removeprefix('torch.')}"
+    if reason := absent(q) or too_wide(q):
+        return reason
     if call.k.shape[3] > 512:
         return "keys of more than 512 channels do not fit in a block"
     return None
