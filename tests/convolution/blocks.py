@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewise.convolution import AFMM
-from tilewise.convolution.vonss import DIRECTIONS
+from tilewise.convolution.images.vonss import DIRECTIONS
 
 SIDE, WINDOW, WIDTH = 16, 8, 12
 LOUD = 2.0  # deviation of what a window holds at its frequencies; that of the noise is 1

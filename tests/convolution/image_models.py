@@ -25,7 +25,7 @@ from tilewise.convolution import (
     flow_loss,
     rate_distortion,
 )
-from tilewise.convolution.vonss import DIRECTIONS
+from tilewise.convolution.images.vonss import DIRECTIONS
 
 RATE = 0.01  # the weight of the squared error in a codec's loss
 

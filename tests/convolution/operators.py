@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tilewise.convolution import AFNO, FNO, T1
-from tilewise.convolution.fno import with_places
+from tilewise.convolution.spectral.fno import with_places
 
 WEIGHTS = Path(__file__).parent / "weights"
 BRIEF = (1, 2)  # seeds

@@ -21,7 +21,7 @@ from tilewise.convolution import (
     convolve,
     deblur_loss,
 )
-from tilewise.convolution.fourier_kernel import _even, _SpectralNet
+from tilewise.convolution.images.fourier_kernel import _even, _SpectralNet
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

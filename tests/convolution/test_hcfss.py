@@ -23,8 +23,8 @@ from tilewise.convolution import (
     rate_distortion,
     scan_order,
 )
-from tilewise.convolution.hcfss import _bits, _normal
-from tilewise.convolution.vonss import DIRECTIONS, _Read, _Write
+from tilewise.convolution.images.hcfss import _bits, _normal
+from tilewise.convolution.images.vonss import DIRECTIONS, _Read, _Write
 
 GRIDS = [(1, 1), (1, 5), (4, 1), (2, 3), (5, 4), (7, 7)]
 

@@ -233,7 +233,7 @@ def test_chunks_change_nothing(monkeypatch):
     vertices, simplices = meshes.filled(*meshes.sphere(1, 0.4))
     k = 6 * draw(11, 3)
     whole = simplex_nuft(vertices, simplices, k)
-    monkeypatch.setattr("tilewise.convolution.meshes.HELD", 11 * 4 * 5)
+    monkeypatch.setattr("tilewise.convolution.spectral.meshes.HELD", 11 * 4 * 5)
     torch.testing.assert_close(simplex_nuft(vertices, simplices, k), whole, rtol=0, atol=1e-14)
     leaf = vertices.clone().requires_grad_()
     simplex_nuft(leaf, simplices, k).abs().sum().backward()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.convolution import operators
-from tilewise.convolution import FNO, T1, SpectralConv, t1
-from tilewise.convolution.t1 import from_modes, low_modes, to_modes
+from tilewise.convolution import FNO, T1, SpectralConv
+from tilewise.convolution.spectral import t1
+from tilewise.convolution.spectral.t1 import from_modes, low_modes, to_modes
 from tilewise.transforms import dct
 from training import navier_stokes
 

@@ -1,18 +1,9 @@
 """Convolution: long kernels, one for each channel, spectral mixers, and what images are coded and mended by."""
 
-from tilewise.convolution.aff import AFF, AFFBlock, AFFNet
-from tilewise.convolution.afno import AFNO
 from tilewise.convolution.api import explain_conv, long_conv, two_sided_conv
 from tilewise.convolution.butterfly import LearnedButterfly
-from tilewise.convolution.deblur import Deblurred, DeepRFT, SubUNet, deblur_loss
 from tilewise.convolution.diagonal import DiagonalSSM
-from tilewise.convolution.divided import divided_exp
-from tilewise.convolution.flash_i2v import FlashI2V, flow_loss, flow_sample, high_frequencies
-from tilewise.convolution.fno import FNO, SpectralConv
-from tilewise.convolution.fourier_kernel import FourierKernelEstimator, convolve
-from tilewise.convolution.fourier_vlm import Compressed, FourierVLM
 from tilewise.convolution.frequency import FrequencySparsity
-from tilewise.convolution.frequency_windows import AFMM, FSTAM, WindowAttention
 from tilewise.convolution.gaunt import (
     GauntTensorProduct,
     from_fourier,
@@ -24,17 +15,26 @@ from tilewise.convolution.gaunt import (
     wigner_3j,
 )
 from tilewise.convolution.h3 import H3, S4D, DiagonalState, H3State
-from tilewise.convolution.hcfss import HCFSS, VFSS, Coded, Hybrid, rate_distortion
+from tilewise.convolution.images.deblur import Deblurred, DeepRFT, SubUNet, deblur_loss
+from tilewise.convolution.images.flash_i2v import FlashI2V, flow_loss, flow_sample, high_frequencies
+from tilewise.convolution.images.fourier_kernel import FourierKernelEstimator, convolve
+from tilewise.convolution.images.frequency_windows import AFMM, FSTAM, WindowAttention
+from tilewise.convolution.images.hcfss import HCFSS, VFSS, Coded, Hybrid, rate_distortion
+from tilewise.convolution.images.reversible import Coupling, ReversibleSequence
+from tilewise.convolution.images.vonss import VONSS, scan_order
+from tilewise.convolution.images.walloc import WaLLoC, entropy
+from tilewise.convolution.images.wavelets import CDF97, Filters, inverse_wavelet_packet, wavelet_packet
 from tilewise.convolution.long_kernel import LongConv, smooth, squash
-from tilewise.convolution.meshes import SimplexNUFT, simplex_nuft
-from tilewise.convolution.nstr import NSTR, SpectrumGrid
 from tilewise.convolution.prepared import PreparedKernel, prepare
-from tilewise.convolution.reversible import Coupling, ReversibleSequence
+from tilewise.convolution.spectral.aff import AFF, AFFBlock, AFFNet
+from tilewise.convolution.spectral.afno import AFNO
+from tilewise.convolution.spectral.divided import divided_exp
+from tilewise.convolution.spectral.fno import FNO, SpectralConv
+from tilewise.convolution.spectral.fourier_vlm import Compressed, FourierVLM
+from tilewise.convolution.spectral.meshes import SimplexNUFT, simplex_nuft
+from tilewise.convolution.spectral.nstr import NSTR, SpectrumGrid
+from tilewise.convolution.spectral.t1 import T1, T1Layer
 from tilewise.convolution.state import ConvState
-from tilewise.convolution.t1 import T1, T1Layer
-from tilewise.convolution.vonss import VONSS, scan_order
-from tilewise.convolution.walloc import WaLLoC, entropy
-from tilewise.convolution.wavelets import CDF97, Filters, inverse_wavelet_packet, wavelet_packet
 
 __all__ = [
     "AFF",

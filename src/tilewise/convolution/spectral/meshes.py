@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tilewise.convolution.divided import TERMS, divided_exp
+from tilewise.convolution.spectral.divided import TERMS, divided_exp
 
 HELD = 1 << 20  # phases that are held at once
 

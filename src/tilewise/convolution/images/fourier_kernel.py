@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.convolution.reversible import Coupling, ReversibleSequence
+from tilewise.convolution.images.reversible import Coupling, ReversibleSequence
 from tilewise.recurrence.mixer import check_width
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.convolution.frequency_windows import AFMM, FSTAM
-from tilewise.convolution.vonss import VONSS
+from tilewise.convolution.images.frequency_windows import AFMM, FSTAM
+from tilewise.convolution.images.vonss import VONSS
 
 LEAST = 1e-9  # likelihood, so that no symbol costs more than 30 bits
 SCALE = 0.11  # smallest deviation of the model of latents

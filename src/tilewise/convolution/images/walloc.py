@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.convolution.wavelets import inverse_wavelet_packet, wavelet_packet
+from tilewise.convolution.images.wavelets import inverse_wavelet_packet, wavelet_packet
 
 TRANSFORMS = ("wavelet", "patches")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.convolution.grids import check_count
+from tilewise.convolution.spectral.grids import check_count
 
 
 class SpectrumGrid(nn.Module):

@@ -9,17 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.convolution.grids import check_count
+from tilewise.convolution.spectral.grids import check_count
+from tilewise.transforms.kept import kept
 
 INITS, TRANSFORMS = ("preserving", "plain"), ("cosine", "fourier")
 
 
 def low_modes(transform: str, points: int, modes: int, like: Tensor) -> Tensor:
-    """The lowest real modes of a line of points, orthonormal, as rows `[modes, points]`.
+    """The lowest real modes of a line of points, orthonormal, as rows `[modes, points]`; not to be written to.
 
     "cosine": those of the cosine transform (type II), for fields between walls. "fourier": 1, cos, sin, cos
     of two waves, ..., for periodic ones.
     """
+    return kept(_modes, transform, points, modes, like.dtype, like.device)
+
+
+def _modes(transform: str, points: int, modes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     wave = torch.arange(modes, dtype=torch.float64).unsqueeze(1)
     place = torch.arange(points, dtype=torch.float64)
     if transform == "cosine":
@@ -29,7 +34,7 @@ def low_modes(transform: str, points: int, modes: int, like: Tensor) -> Tensor:
         made = torch.where(wave % 2 == 1, turn.cos(), turn.sin())
         made[0] = 1
     made[0] *= math.sqrt(0.5)
-    return (made * math.sqrt(2 / points)).to(like)
+    return (made * math.sqrt(2 / points)).to(device=device, dtype=dtype)
 
 
 def to_modes(x: Tensor, transform: str, modes: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.convolution.fourier_kernel import FourierKernelEstimator, convolve
-from tilewise.convolution.reversible import Coupling, ReversibleSequence
+from tilewise.convolution.images.fourier_kernel import FourierKernelEstimator, convolve
+from tilewise.convolution.images.reversible import Coupling, ReversibleSequence
 from tilewise.recurrence.mixer import check_width
 
 FLOOR = 0.05  # of magnitudes of a unitary transform, below which `deblur_loss` lets a frequency count less

@@ -8,8 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tilewise.convolution.aff import ComplexGroups
-from tilewise.convolution.grids import check_count, check_grid, from_modes, kept_modes, laid_out, to_modes
+from tilewise.convolution.spectral.aff import ComplexGroups
+from tilewise.convolution.spectral.grids import (
+    check_count,
+    check_grid,
+    from_modes,
+    kept_modes,
+    laid_out,
+    to_modes,
+)
 
 
 class AFNO(nn.Module):

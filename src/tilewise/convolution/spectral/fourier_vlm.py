@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tilewise.convolution.grids import check_count, wide
+from tilewise.convolution.spectral.grids import check_count, wide
 from tilewise.transforms import dct, idct
 
 

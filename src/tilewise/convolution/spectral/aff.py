@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tilewise.convolution.grids import check_count, check_divides, check_grid, from_modes, laid_out, to_modes
+from tilewise.convolution.spectral.grids import (
+    check_count,
+    check_divides,
+    check_grid,
+    from_modes,
+    laid_out,
+    to_modes,
+)
 
 
 class ComplexGroups(nn.Module):

@@ -1,0 +1,1 @@
+"""Images and clips: codecs, deblurring and flows that work in frequencies or by scans."""

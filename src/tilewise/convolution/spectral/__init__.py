@@ -1,0 +1,1 @@
+"""Mixers and operators that work on modes: of grids, meshes and fields."""
