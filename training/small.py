@@ -15,10 +15,17 @@ from tilewise.descent import Descent
 RATE = 4e-3
 
 
-def train(name: str, model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float = RATE) -> None:
+def train(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    rate: float = RATE,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> None:
     """`steps` steps of AdamW down the loss of a new batch each, at a rate that rises for a tenth and falls."""
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(learned, lr=rate, betas=betas, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
     descent, began = Descent(model, optimiser, clip=1.0), time.monotonic()
     for step in range(steps):

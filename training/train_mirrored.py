@@ -8,16 +8,17 @@ see the same pictures in the same order, none of them twice.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.recurrence.mirrored import CHANNELS, WEIGHTS, Net, pictures, right  # noqa: E402
+from training import small  # noqa: E402
 
 STEPS, BATCH, SEEDS = 600, 64, 3
 RATE = 4e-3  # the best of 1e-3, 4e-3 and 1.6e-2 for kernels alone, tried on pictures of 12 x 12
@@ -27,21 +28,13 @@ FAR = 10**9  # seeds of training begin here
 def train(name: str) -> Net:
     reach, _, seed = name.partition("-")
     torch.manual_seed(int(seed))
-    net, start = Net(reach), time.process_time()
-    optimiser = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, STEPS, pct_start=0.1)
-    for step in range(STEPS):
-        images, label = pictures(BATCH, FAR + STEPS * int(seed) + step)
-        error = F.cross_entropy(net(images), label)
-        optimiser.zero_grad()
-        error.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % 200 == 199:
-            found, spent = right(net.eval(), 500, seed=2 * 10**6), time.process_time() - start
-            net.train()
-            print(f"{name} {step}: {error.item():.3f}, {found:.3f}, {spent:.0f} s", flush=True)
+    net, step = Net(reach), iter(range(STEPS))
+
+    def error() -> Tensor:
+        images, label = pictures(BATCH, FAR + STEPS * int(seed) + next(step))
+        return F.cross_entropy(net(images), label)
+
+    small.train(name, net, error, STEPS, RATE, betas=(0.9, 0.999))
     return net.eval()
 
 
