@@ -28,9 +28,6 @@
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace tilewise {
 
@@ -63,20 +60,6 @@ struct Grid {
     return static_cast<T*>(data) + offset;
   }
 };
-
-// Asks for large pages where memory that will be written is new: a forward pass that keeps 50 MB took 76 ms in pages of
-// 4 KB and 54 ms in large ones (one run each). `across` numbers of `size` bytes follow each place of the grid.
-inline void use_large_pages(const Grid& x, int64_t across, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = uintptr_t(2) << 20;
-  if (!x) return;
-  int64_t numbers = across;
-  for (int64_t axis = 0; axis < 4; ++axis) numbers += (x.size[axis] - 1) * x.stride[axis];
-  const uintptr_t from = reinterpret_cast<uintptr_t>(x.data), first = (from + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = (from + numbers * size) / PAGE * PAGE;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // if not, it is slower
-#endif
-}
 
 // ---------------------------------------------------------------------------------------- number formats
 inline uint32_t bits_of(float x) {

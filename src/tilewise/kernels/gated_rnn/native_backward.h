@@ -153,7 +153,6 @@ void run_backward(const Rnn& c) {
   const int64_t heads = c.heads(), padded = c.padded(), matrix = N::GATES * padded * padded, row = N::GATES * padded;
   const int64_t teams = std::max<int64_t>(1, c.threads / c.team), room = std::max(c.depth, c.rows);
   const int64_t ldh = padded + LANES, ldg = row + LANES;
-  use_large_pages(c.d_wx, c.width, sizeof(S));
   Arena arena;
   const int64_t at_right = arena.announce<Packed<S>>(heads * matrix);
   const int64_t at_d_R = arena.announce<float>(heads * c.parts * matrix);

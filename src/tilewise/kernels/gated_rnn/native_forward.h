@@ -166,8 +166,6 @@ void run_forward(const Rnn& c) {
   const std::vector<Sequence> all = sequences(c);
   const int64_t heads = c.heads(), padded = c.padded(), ldh = padded + LANES, matrix = N::GATES * padded * c.width;
   const int64_t teams = std::max<int64_t>(1, c.threads / c.team);
-  use_large_pages(c.out, c.width, sizeof(S));
-  use_large_pages(c.kept, c.kept_width(), sizeof(float));
   Arena arena;
   const int64_t at_right = arena.announce<Packed<S>>(heads * matrix);
   const int64_t at_bias = arena.announce<float>(heads * N::GATES * padded);

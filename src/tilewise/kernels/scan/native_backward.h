@@ -206,7 +206,6 @@ class Backward {
 template <typename S>
 void run_backward(const Scan& c) {
   const std::vector<Lane> all = lanes(c, 1);
-  for (const Grid* made : {&c.d_q, &c.d_k, &c.d_v}) use_large_pages(*made, 1, sizeof(S));
   for_each_job(all.size(), c.threads, false, [&](int64_t job) {
     const FlushSubnormals flushed;
     Backward<S>(c, all[job]).run();

@@ -190,7 +190,6 @@ void run_forward(const Scan& c) {
   const int64_t heads = c.sequences() * c.heads();
   const bool split = heads % c.threads && heads < 4 * c.threads && c.values() >= 2 * LANES;
   const std::vector<Lane> all = lanes(c, split ? 2 : 1);
-  use_large_pages(c.out, 1, sizeof(S));
   for_each_job(all.size(), c.threads, false, [&](int64_t job) {
     const FlushSubnormals flushed;
     all[job].length() <= STEPS ? run_steps<S>(c, all[job]) : run_tiles<S>(c, all[job]);
