@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from math import factorial
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.clock import least_times
 from tilewise.convolution import (
     GauntTensorProduct,
     from_fourier,
@@ -246,14 +246,7 @@ def test_its_cost_grows_with_the_third_power():
 
     y = torch.randn(256, 81)
     torch.testing.assert_close(contracted(), gaunt_product(x, y), rtol=1e-3, atol=1e-3)
-    spent = {}
-    for name, run in (("table", contracted), ("product", lambda: gaunt_product(x, y))):
-        times = []
-        for _ in range(7):
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
-        spent[name] = sorted(times)[3]
+    spent = least_times({"table": contracted, "product": lambda: gaunt_product(x, y)}, rounds=7)
     assert spent["product"] < spent["table"] / 3, spent
 
 

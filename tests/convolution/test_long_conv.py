@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.clock import least_times
 from tests.conformance.test_memory import allocations
 from tilewise.convolution import (
     ConvState,
@@ -345,17 +345,6 @@ def test_gated_convolutions_are_those_of_torch_fft(engine, kind, n):
     assert (ungated - want[0]).norm() > 0.5 * want[0].norm()
 
 
-def seconds(run, repeats: int = 7) -> float:
-    """Of the fastest of some runs."""
-    run()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 @pytest.mark.evidence
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_partial_kernels_cost_what_their_length_asks_for(engine):
@@ -370,7 +359,8 @@ def test_partial_kernels_cost_what_their_length_asks_for(engine):
     )
     assert (partial() - exact).norm() <= 2 * (full() - exact).norm()
     if engine == "native":
-        assert seconds(full) > 1.2 * seconds(partial)
+        spent = least_times({"full": full, "partial": partial}, rounds=7)
+        assert spent["full"] > 1.2 * spent["partial"], spent
         lengths = [
             native.cut(Call(given["x"], k, given["gate_in"], given["gate_out"], given["skip"])).length
             for k in (short, kernel)
@@ -393,14 +383,14 @@ def test_frequencies_that_do_not_count_are_not_computed():
     rows = {"sparse": given["kernel"], "zeroed": zeroed.float()}
     options = {"sparse": {"causal": False, "sparsity": quarter}, "zeroed": {"causal": False}}
     others = {name: x for name, x in given.items() if name != "kernel"}
-    spent = {}
+    fixed = {}
     for name, kernel in rows.items():
         for engine in ("native", "monarch"):
             got = long_conv(kernel=kernel, **others, **options[name], engine=engine)
             assert (got - want).norm() <= 1e-5 * want.norm(), (name, engine)
-        fixed = prepare(kernel, n, **options[name])
-        bare = functools.partial(long_conv, given["x"], fixed, **options[name], engine="native")
-        spent[name] = seconds(bare, 20)
+        prepared = prepare(kernel, n, **options[name])
+        fixed[name] = functools.partial(long_conv, given["x"], prepared, **options[name], engine="native")
+    spent = least_times(fixed, rounds=20)
     assert spent["zeroed"] > 1.2 * spent["sparse"], spent
     call = Call(given["x"], given["kernel"], causal=False)
     whole = matrices(call, n).products
@@ -449,9 +439,11 @@ def test_training_holds_half_of_what_the_usual_composition_does(n):
     def train(run):
         return torch.autograd.grad(run(*leaves), leaves, d_out)
 
-    peaks = {run: allocations(functools.partial(train, run))[1] for run in (usual, mine)}
-    assert peaks[mine] <= peaks[usual] / 2
-    assert seconds(functools.partial(train, mine), 3) < seconds(functools.partial(train, usual), 3)
+    steps = {run.__name__: functools.partial(train, run) for run in (usual, mine)}
+    peaks = {name: allocations(step)[1] for name, step in steps.items()}
+    assert peaks["mine"] <= peaks["usual"] / 2
+    spent = least_times(steps)
+    assert spent["mine"] < spent["usual"], spent
 
 
 def test_compiled_whole(monkeypatch):

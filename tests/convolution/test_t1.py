@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import time
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.clock import least_times
 from tests.convolution import operators
 from tilewise.convolution import FNO, T1, SpectralConv
 from tilewise.convolution.spectral import t1
@@ -118,14 +119,10 @@ def test_a_step_takes_less_time_and_an_answer_the_less_the_finer_the_grid():
     models = {name: operators.OPERATORS[name]() for name in ("fno", "t1")}
 
     def share(run: Callable[[nn.Module], object]) -> float:
-        spent: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(11):
-            for name, model in models.items():
-                begun = time.perf_counter()
-                run(model)
-                spent[name].append(time.perf_counter() - begun)
-        fno, ours = (sorted(spent[name])[5] for name in ("fno", "t1"))
-        return ours / fno
+        spent = least_times(
+            {name: functools.partial(run, model) for name, model in models.items()}, rounds=10
+        )
+        return spent["t1"] / spent["fno"]
 
     x, fine = torch.randn(32, 1, 32, 32), torch.randn(32, 1, 64, 64)
     assert share(lambda model: model(x).square().mean().backward()) < 0.5

@@ -3,14 +3,15 @@ text."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import time
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.clock import least_times
 from tests.recurrence import blocks, decays
 from tilewise.recurrence import BlockEmbedder, BlockTransformer, ModelConfig, SequenceModel
 
@@ -236,16 +237,11 @@ def test_a_token_reads_a_fraction_of_the_caches():
     assert saved[1024, 1] < 2.1, saved
 
 
-def per_token(model, state, rows: int, count: int) -> float:
-    """Seconds of a step for so many rows, mean over four, of the quickest of `count` fours."""
-    best, chosen = float("inf"), torch.zeros(rows, 1, dtype=torch.int64)
+def four_tokens(model: nn.Module, state: object, rows: int) -> None:
+    chosen = torch.zeros(rows, 1, dtype=torch.int64)
     with torch.no_grad():
-        for _ in range(count):
-            began = time.perf_counter()
-            for _ in range(4):
-                _, state = model(chosen, state)
-            best = min(best, (time.perf_counter() - began) / 4)
-    return best
+        for _ in range(4):
+            _, state = model(chosen, state)
 
 
 @pytest.mark.evidence
@@ -258,9 +254,14 @@ def test_a_token_takes_less_time():
     with torch.no_grad():
         state, states = model(x)[1], whole(x)[1]
     rows = torch.zeros(16, dtype=torch.int64)
-    fast = per_token(model, state.select(rows), 16, 6)
-    slow = per_token(whole, [state.select(rows) for state in states], 16, 3)
-    assert slow > 3 * fast, f"{1e3 * slow:.2f} and {1e3 * fast:.2f} ms"
+    begun = {
+        "blocks": (model, state.select(rows)),
+        "whole": (whole, [state.select(rows) for state in states]),
+    }
+    times = least_times(
+        {name: functools.partial(four_tokens, *given, 16) for name, given in begun.items()}, rounds=4
+    )
+    assert times["whole"] > 3 * times["blocks"], times
 
 
 @pytest.mark.evidence

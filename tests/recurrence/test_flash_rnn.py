@@ -3,13 +3,14 @@ blocks."""
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.clock import least_times
 from tests.recurrence.recalled import trained
 from tilewise.data.state_tracking import parity, permutations
 from tilewise.recurrence import FlashRNN, SequenceModel, gated_rnn
@@ -164,16 +165,11 @@ def test_the_native_loop_is_faster_than_a_loop_of_steps(cell):
     measured."""
     given = drawn(cell, 300, 4, 32, torch.float32)
 
-    def seconds(engine: str) -> float:
-        best = float("inf")
-        for _ in range(4):
-            start = time.perf_counter()
-            gradients(lambda *x: gated_rnn(*x, cell=cell, engine=engine), given)
-            best = min(best, time.perf_counter() - start)
-        return best
+    def step(engine: str) -> object:
+        return gradients(lambda *x: gated_rnn(*x, cell=cell, engine=engine), given)
 
-    native, steps = seconds("native"), seconds("torch")
-    assert 4 * native < steps, (native, steps)
+    times = least_times({engine: functools.partial(step, engine) for engine in ("native", "torch")}, rounds=4)
+    assert 4 * times["native"] < times["torch"], times
 
 
 def test_wrong_settings():

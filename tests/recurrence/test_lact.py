@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.clock import least_times
 from tests.recurrence import decays, memory_models
 from tests.recurrence.memories import Memory, pairs, recalled
 from tilewise.recurrence import FastWeights, LaCT, orthogonal, read_chunk
@@ -193,21 +193,14 @@ def test_a_token_reads_its_window_and_all_chunks_before_its_own():
         assert unseen == list(dark), (window, silent)
 
 
-def seconds(chunk: int, n: int = 2048) -> float:
-    """Forward and backward of the memory, the quicker of two."""
-    torch.manual_seed(0)
-    mixer, best = LaCT(64, heads=4, chunk=chunk, window=16), float("inf")
-    for _ in range(2):
-        began = time.perf_counter()
-        mixer(torch.randn(1, n, 64))[0].sum().backward()
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
 @pytest.mark.evidence
 def test_larger_chunks_take_less_time():
     """The layer, forward and backward; the window, and with it attention, is the same for all chunks."""
-    found = {chunk: seconds(chunk) for chunk in (8, 64, 512)}
+    x = torch.randn(1, 2048, 64)
+    mixers = {chunk: LaCT(64, heads=4, chunk=chunk, window=16) for chunk in (8, 64, 512)}
+    found = least_times(
+        {chunk: lambda mixer=mixer: mixer(x)[0].sum().backward() for chunk, mixer in mixers.items()}, rounds=2
+    )
     assert found[8] > 2 * found[64] > 2 * found[512] and found[8] > 4 * found[512], found
 
 

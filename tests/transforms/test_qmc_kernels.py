@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.clock import least_times
 from tilewise.kernels.digit_sums.digits import BITS
 from tilewise.transforms.qmc import (
     DigitallyShiftInvariant,
@@ -227,32 +228,25 @@ def test_the_fast_gram_is_the_dense_one_and_needs_its_order(kind):
         assert (false @ gram.solve(x) - x).norm() > 0.1 * x.norm(), name
 
 
-def least_time(run: Callable[[], object], repeats: int = 5) -> float:
-    spent = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - start)
-    return min(spent)
-
-
 @pytest.mark.evidence
 @pytest.mark.parametrize("kind", ["lattice", "net"])
 def test_cost_grows_as_n_log_n(kind):
     """Kernel row, product and solve from 2^13 to 2^17 points, 16 times as many; a dense product grows as
     n^2."""
 
-    def fast(n: int) -> float:
+    def fast(n: int) -> Callable[[], object]:
         kernel, sequence = pair(kind)
         x = torch.randn(n, dtype=torch.float64)
-        return least_time(lambda: Gram(kernel, sequence, n, noise=0.1).solve(x))
+        return lambda: Gram(kernel, sequence, n, noise=0.1).solve(x)
 
-    def dense(n: int) -> float:
+    def dense(n: int) -> Callable[[], object]:
         matrix, x = torch.randn(n, n, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
-        return least_time(lambda: matrix @ x)
+        return lambda: matrix @ x
 
-    assert fast(1 << 17) / fast(1 << 13) < 2.5 * 16 * 17 / 13  # 21 by the formula, 256 for n^2
-    assert dense(1 << 12) / dense(1 << 9) > 2.5 * 8 * 12 / 9  # the bound tells the two apart
+    spent = least_times({n: fast(n) for n in (1 << 13, 1 << 17)})
+    assert spent[1 << 17] / spent[1 << 13] < 2.5 * 16 * 17 / 13, spent  # 21 by the formula, 256 for n^2
+    spent = least_times({n: dense(n) for n in (1 << 9, 1 << 12)})
+    assert spent[1 << 12] / spent[1 << 9] > 2.5 * 8 * 12 / 9, spent  # the bound tells the two apart
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -316,7 +310,7 @@ def test_a_process_fitted_on_many_points_predicts(kind):
     assert lost.square().mean().sqrt() > 0.5 * smooth(new).std()
     # One dense Cholesky factor of half the points takes longer than a step.
     half = Gram(kernel, sequence, n // 2, noise=1e-3).dense()
-    assert least_time(lambda: torch.linalg.cholesky(half), 2) > took / 50
+    assert least_times({"dense": lambda: torch.linalg.cholesky(half)}, 2)["dense"] > took / 50
 
 
 # ------------------------------------------------------------------------------------ wrong input
