@@ -3,9 +3,9 @@
 `papers` comes from the register; `compare` from docs/results/compare.json, a copy of what `make compare` wrote;
 `compare-all` and `compare-eighth` from runs with every method, at its defaults and set to read about an eighth of
 the tiles; `compare-tuned` from one with docs/results/tuned.json, a recipe that `tilewise tune` wrote;
-`bench-NAME` from benchmarks/results, as do `memory-convolution`, `precision`, `adaptive` and `selection`; `video`
-from what training/train_video.py measured; `counts` and `left-out` from the package itself. With --check nothing is
-written: exit code 1 names the pages that are out of date.
+`bench-NAME` from benchmarks/results (`bench-gated` from recurrence.json), as do `memory-convolution`, `precision`,
+`adaptive` and `selection`; `video` from what training/train_video.py measured; `counts` and `left-out` from the
+package itself. With --check nothing is written: exit code 1 names the pages that are out of date.
 """
 
 from __future__ import annotations
@@ -84,6 +84,23 @@ def bench_table(path: Path) -> str:
     machine = run["machine"]
     where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
     return f"{table}\n\nMedians of paired rounds (20th to 80th percentile) on {where}, {run['created'][:10]}."
+
+
+def gated_table(path: Path) -> str:
+    """Gated networks against torch.nn, from the recorded benchmark of recurrences."""
+    if not path.exists():
+        return "*No run is recorded yet.*"
+    run: dict[str, dict[str, str]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        if row["setting"].startswith(("lstm", "gru")):
+            ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+            run.setdefault(row["setting"], {})[row["provider"]] = ratio
+    body = []
+    for setting, ratios in run.items():
+        (what, _, width), kinds = setting.split(", "), ("one head", "8 heads", "8 heads, own inputs")
+        cell, _, passes = what.partition(" ")
+        body.append([f"{cell.upper()}, {width}, {passes}", *(ratios[kind] for kind in kinds)])
+    return rows(["", "one head", "8 heads", '8 heads, `inputs="heads"`'], body)
 
 
 def memory_table(path: Path) -> str:
@@ -249,6 +266,7 @@ def main(arguments: Sequence[str]) -> int:
         "compare-tuned": compare_table(ROOT / "docs/results/compare-tuned.json"),
         "compare-all": compare_table(ROOT / "docs/results/compare-all.json"),
         **{f"bench-{name}": bench_table(ROOT / f"benchmarks/results/{name}.json") for name in BENCHES},
+        "bench-gated": gated_table(ROOT / "benchmarks/results/recurrence.json"),
         "memory-convolution": memory_table(ROOT / "benchmarks/results/convolution.json"),
         "counts": counts(),
         "left-out": left_out_table(),

@@ -28,13 +28,15 @@ GRID = 10  # words of a tensor
 ROOM = ctypes.c_int64(200)  # bytes for a message of what went wrong
 
 
-def grid(x: Tensor | None) -> list[int]:
+NOTHING = (0,) * GRID
+
+
+def grid(x: Tensor | None) -> tuple[int, ...]:
     """A tensor of up to four axes as a library reads it, `Grid` of native.h."""
     if x is None:
-        return [0] * GRID
-    size, stride = list(x.shape), list(x.stride())
-    missing = 4 - len(size)
-    return [x.data_ptr(), KINDS[x.dtype], *size, *[1] * missing, *stride, *[0] * missing]
+        return NOTHING
+    missing = 4 - x.ndim
+    return (x.data_ptr(), KINDS[x.dtype], *x.shape, *(1,) * missing, *x.stride(), *(0,) * missing)
 
 
 def unsuited(x: Tensor) -> str | None:
@@ -120,12 +122,12 @@ class KernelLibrary(Library):
 
     def run(self, entry: str, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
         """Run an entry point; trailing tensors that are not given count as None. RuntimeError if it fails."""
-        words = array.array("q")
-        for x in (*tensors, *[None] * (self.tensors - len(tensors))):
-            words.extend(grid(x))
-        for number in numbers:
-            packed = struct.pack("d", number) if isinstance(number, float) else struct.pack("q", number)
-            words.extend(struct.unpack("q", packed))
-        if len(words) != self.call_words[1]:
-            raise RuntimeError(f"{self.name} expects {self.call_words[1]} words, got {len(words)}")
-        self.call(f"tilewise_{self.name}_{entry}", words)
+        words: list[int | float] = []
+        for x in tensors:
+            words += grid(x)
+        words += NOTHING * (self.tensors - len(tensors))
+        kinds = "".join("d" if isinstance(number, float) else "q" for number in numbers)
+        packed = struct.pack(f"{len(words)}q{kinds}", *words, *numbers)
+        if len(packed) != 8 * self.call_words[1]:
+            raise RuntimeError(f"{self.name} expects {self.call_words[1]} words, got {len(packed) // 8}")
+        self.call(f"tilewise_{self.name}_{entry}", packed)
