@@ -40,7 +40,8 @@ test: $(STAMP)
 	$(PYTEST) -m "not evidence"
 
 evidence: $(STAMP)
-	$(PYTEST) -m evidence --durations=5
+	$(PYTEST) -m "evidence and not timed" --durations=5
+	$(BIN)/python -m pytest -n 1 -m "evidence and timed"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check

@@ -1,4 +1,4 @@
-"""Times that a test compares."""
+"""Times that a test compares; the test is marked `timed`, and runs with nothing beside it."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def keep(kinds: list[str]) -> None:
 
 
 def table(images: list[str]) -> None:
-    for image in images or fields.DRAWN + fields.PHOTOGRAPHS:
-        for kind in ("nstr", "siren", "features", "grids"):
+    for image in images or fields.DRAWN + fields.PHOTOGRAPHS + fields.SLANTED:
+        for kind in ("nstr", "shifted", "siren", "features", "grids"):
             for layers in DEPTHS.get(kind, (2, 3) if image in fields.DRAWN else (3, 4, 5)):
                 for rate in RATES.get(kind, (2e-3, 4e-3)):
                     report(kind, image, layers, rate)

@@ -19,6 +19,7 @@ SIDE = 128
 SEEDS = (0, 1, 2)
 DRAWN = ("rings", "bent")  # whose frequency drifts; their networks are kept
 PHOTOGRAPHS = ("camera", "coffee", "astronaut", "brick", "coins")
+SLANTED = ("slanted brick", "slanted gravel", "slanted grass")
 BUDGET = 3800  # parameters
 
 
@@ -44,18 +45,29 @@ def local_frequency(name: str) -> Tensor:
 @cache
 def picture(name: str) -> Tensor:
     """From -1 to 1: `[N]`. A drawn picture, or a photograph of scikit-image: its middle square, grey, averaged
-    to 128 x 128."""
+    to 128 x 128, or as a plane that is eight times as far at the bottom as at the top."""
     if name in DRAWN:
         return 0.5 * torch.sin(2 * math.pi * turns(name, *places().mT))
     from skimage import data
 
-    pixels = torch.from_numpy(getattr(data, name)()).double()
+    pixels = torch.from_numpy(getattr(data, name.removeprefix("slanted "))()).double()
     grey = pixels if pixels.ndim == 2 else pixels.mean(2)
+    if name in SLANTED:
+        return (F.avg_pool2d(slanted(grey)[None, None], 8)[0, 0] / 127.5 - 1).float().flatten()
     side = min(grey.shape) // SIDE * SIDE
     top, left = ((n - side) // 2 for n in grey.shape)
     grey = grey[top : top + side, left : left + side]
     small = F.avg_pool2d(grey[None, None], side // SIDE)[0, 0]
     return (small / 127.5 - 1).float().flatten()
+
+
+def slanted(grey: Tensor, far: float = 8.0) -> Tensor:
+    """A picture seen at a slant, eight points a pixel's side: `[8 SIDE, 8 SIDE]`."""
+    n = 8 * SIDE
+    down, across = torch.meshgrid([(torch.arange(n).double() + 0.5) / n] * 2, indexing="ij")
+    distance = 1 / (1 - down * (1 - 1 / far))
+    where = torch.stack(((2 * across - 1) * distance / far, 2 * (distance - 1) / (far - 1) - 1), 2)
+    return F.grid_sample(grey[None, None], where[None], align_corners=False)[0, 0]
 
 
 @cache

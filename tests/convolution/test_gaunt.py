@@ -219,6 +219,7 @@ def inverse(angles: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 def test_its_cost_grows_with_the_third_power():
     """Multiplications of matrices between degrees 16 and 64 grow with less than the power 3.2, those of the
     table between 4 and 8 with more than 5. And time: at degree 8 it takes less than a third of the

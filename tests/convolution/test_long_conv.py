@@ -346,6 +346,7 @@ def test_gated_convolutions_are_those_of_torch_fft(engine, kind, n):
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_partial_kernels_cost_what_their_length_asks_for(engine):
     """A kernel of an eighth: what the same taps give with zeros behind them, in less time, and in shorter
@@ -369,6 +370,7 @@ def test_partial_kernels_cost_what_their_length_asks_for(engine):
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 def test_frequencies_that_do_not_count_are_not_computed():
     """A quarter of the rows: the definition's outputs, in a quarter of the products, and in less time where
     kernels are prepared. The same kernel given whole, with zeros at those frequencies, saves nothing."""
@@ -420,6 +422,7 @@ def test_smooth_kernels_need_few_frequencies():
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 @pytest.mark.parametrize("n", [4096, 16384])
 def test_training_holds_half_of_what_the_usual_composition_does(n):
     """The most that is held at once, forward and backward, in one step; and the step takes less time."""

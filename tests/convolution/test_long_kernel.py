@@ -183,6 +183,7 @@ def test_a_learned_transform_computes_more_than_convolutions():
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 @pytest.mark.parametrize("n", [1024, 4096])
 def test_evaluation_in_blocks_is_the_convolution_in_fewer_operations(n):
     """Both forms of the butterfly: products of matrices, and passes whose blocks are finished one by one in

@@ -112,6 +112,7 @@ def test_it_errs_less_than_fno_in_as_much_time():
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 def test_a_step_takes_less_time_and_an_answer_the_less_the_finer_the_grid():
     """T1 and an FNO of a few more parameters, 32 and 64 points a side: a step of training takes under half of
     FNO's time, an answer the smaller share of it the finer the grid, as layers among a fixed number of modes

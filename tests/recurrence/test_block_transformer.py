@@ -245,6 +245,7 @@ def four_tokens(model: nn.Module, state: object, rows: int) -> None:
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 def test_a_token_takes_less_time():
     """A batch of 16 with 4,096 tokens before each, layers as many and as wide, four tokens on end (one
     block)."""

@@ -159,6 +159,7 @@ def test_heads_are_diagonal_blocks(cell):
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 @every_cell
 def test_the_native_loop_is_faster_than_a_loop_of_steps(cell):
     """300 tokens in 4 heads of 32, forward and backward: at least 4 times; 6 (Elman) to 17 (sLSTM) were

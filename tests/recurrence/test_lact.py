@@ -194,6 +194,7 @@ def test_a_token_reads_its_window_and_all_chunks_before_its_own():
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 def test_larger_chunks_take_less_time():
     """The layer, forward and backward; the window, and with it attention, is the same for all chunks."""
     x = torch.randn(1, 2048, 64)

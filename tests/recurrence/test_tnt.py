@@ -170,6 +170,7 @@ def test_queries_are_asked_in_the_span_of_the_shards_keys():
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 def test_a_training_step_takes_less_time_than_with_small_chunks_alone():
     """A layer over 2,048 tokens, twice as many memories as the plain one. The control: without resets it takes
     as long as that."""

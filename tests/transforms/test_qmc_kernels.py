@@ -229,6 +229,7 @@ def test_the_fast_gram_is_the_dense_one_and_needs_its_order(kind):
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 @pytest.mark.parametrize("kind", ["lattice", "net"])
 def test_cost_grows_as_n_log_n(kind):
     """Kernel row, product and solve from 2^13 to 2^17 points, 16 times as many; a dense product grows as
@@ -283,6 +284,7 @@ def test_a_process_is_the_dense_process(kind):
 
 
 @pytest.mark.evidence
+@pytest.mark.timed
 @pytest.mark.parametrize("kind", ["lattice", "net"])
 def test_a_process_fitted_on_many_points_predicts(kind):
     """4,096 points, 50 steps of likelihood: error and intervals on new points, against values shuffled.
