@@ -122,7 +122,7 @@ class KernelLibrary(Library):
 
     def run(self, entry: str, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
         """Run an entry point; trailing tensors that are not given count as None. RuntimeError if it fails."""
-        words: list[int | float] = []
+        words: list[int] = []
         for x in tensors:
             words += grid(x)
         words += NOTHING * (self.tensors - len(tensors))

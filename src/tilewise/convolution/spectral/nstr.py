@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,41 +34,42 @@ class SpectrumGrid(nn.Module):
         self.values = nn.Parameter(scale * torch.randn(self.knots**dim, channels))
 
     def forward(self, places: Tensor) -> Tensor:
-        weights, _ = self._near(places)
-        return self._read(weights.unbind(1))
+        return self._read(self._near(places, _spline).unbind(1))
 
     def slopes(self, places: Tensor) -> Tensor:
-        weights, rates = self._near(places)
+        weights, rates = self._near(places, _spline), self.cells * self._near(places, _spline_slopes)
         made = []
         for axis in range(self.dim):
             sides = [rates[:, i] if i == axis else weights[:, i] for i in range(self.dim)]
             made.append(self._read(sides))
         return torch.stack(made, 1)
 
-    def _near(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of the knots along each side and their derivatives, `[N, D, knots]` each: four are not
-        zero."""
+    def _near(self, places: Tensor, pieces: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
+        """`pieces` of the four knots around each place along each side, `[N, D, knots]`; others have 0."""
         if not isinstance(places, Tensor) or places.ndim != 2 or places.shape[1] != self.dim:
             given = list(places.shape) if isinstance(places, Tensor) else type(places).__name__
             raise ValueError(f"places must be [N, {self.dim}], got {given}")
         scaled = places.clamp(0, 1) * self.cells
         first = scaled.detach().floor().clamp(max=self.cells - 1)
-        t = scaled - first
-        weights = ((1 - t) ** 3 / 6, 2 / 3 - t**2 + t**3 / 2, 1 / 6 + (t + t**2 - t**3) / 2, t**3 / 6)
-        rates = (-((1 - t) ** 2) / 2, -2 * t + 1.5 * t**2, 0.5 + t - 1.5 * t**2, t**2 / 2)
         numbers = first.long().unsqueeze(2) + torch.arange(4, device=places.device)
         none = places.new_zeros(*places.shape, self.knots)
-        return (
-            none.scatter(2, numbers, torch.stack(weights, 2)),
-            none.scatter(2, numbers, self.cells * torch.stack(rates, 2)),
-        )
+        return none.scatter(2, numbers, torch.stack(pieces(scaled - first), 2))
 
-    def _read(self, sides: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    def _read(self, sides: Sequence[Tensor]) -> Tensor:
         """Sums over the knots, side by side; `sides` are D of `[N, knots]`."""
         made = sides[0] @ self.values.view(self.knots, -1)
         for side in sides[1:]:
             made = (side.unsqueeze(1) @ made.view(len(side), self.knots, -1)).squeeze(1)
         return made
+
+
+def _spline(t: Tensor) -> tuple[Tensor, ...]:
+    """Shares of the four knots around a place that is t of a cell after the second of them."""
+    return (1 - t) ** 3 / 6, 2 / 3 - t**2 + t**3 / 2, 1 / 6 + (t + t**2 - t**3) / 2, t**3 / 6
+
+
+def _spline_slopes(t: Tensor) -> tuple[Tensor, ...]:
+    return -((1 - t) ** 2) / 2, -2 * t + 1.5 * t**2, 0.5 + t - 1.5 * t**2, t**2 / 2
 
 
 class SineLayer(nn.Linear):
