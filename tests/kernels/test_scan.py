@@ -79,10 +79,22 @@ def with_tensors(call: Call, **given: Tensor) -> Call:
     return dataclasses.replace(call, **given)
 
 
-def results(call: Call, engine: str, weights: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def in_pieces(call: Call, engine: str, cuts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Outputs and final states of calls one after the other, each from the state that the last one left."""
+    outs, state = [], call.state
+    for start, end in itertools.pairwise((0, *cuts, call.q.shape[2])):
+        piece = {name: x[:, :, start:end] for name, x in tensors(call).items() if name != "state"}
+        out, state = scan(with_tensors(call, **piece, state=state), engine)
+        outs.append(out)
+    return torch.cat(outs, 2), state
+
+
+def results(
+    call: Call, engine: str, weights: tuple[Tensor, Tensor], dtype: torch.dtype, cuts: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
     """Outputs, final states and all gradients, in float64, of the call with its tensors in `dtype`."""
     leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors(call).items()}
-    out, after = scan(with_tensors(call, **leaves), engine)
+    out, after = in_pieces(with_tensors(call, **leaves), engine, cuts)
     found = torch.autograd.grad(
         (out, after), leaves.values(), (weights[0].to(out.dtype), weights[1].to(after.dtype))
     )
@@ -334,26 +346,37 @@ def test_gradients_by_differences(rule, kind):
     )
 
 
-@every_engine
-@pytest.mark.parametrize("rule", RULES)
-def test_very_long_sequences_stay_finite_and_right(engine, rule):
-    """65,536 tokens with decays from vanishing to overwhelming; the end is compared with a late start."""
-    skip_unless_here(engine)
+def held_at_65536(rule: str, kind: str | None, runs: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Engines, whole or in pieces, over 65,536 tokens with decays from vanishing to overwhelming.
+
+    Outputs and last states are held to the definition's, step by step in float64, and gradients, which it would
+    take minutes for, to the torch engine's in float64.
+    """
     n = 65_536
-    call = made(
-        n, "channel", rule=rule, b=1, heads=1, d_k=8, d_v=8, dtype=torch.float32, strength=0.02, state=False
-    )
-    decay = call.decay.clone()
-    decay[:, :, ::1000] = -200.0
-    call = with_tensors(call, decay=decay)
-    leaves = {name: x.requires_grad_() for name, x in tensors(call).items()}
-    out, after = scan(with_tensors(call, **leaves), engine)
-    assert out.isfinite().all() and after.isfinite().all()
-    assert all(x.isfinite().all() for x in torch.autograd.grad(out.square().sum(), leaves.values()))
-    late = {name: x[:, :, 65_000:].detach() for name, x in leaves.items()}  # a strong decay stands at 65,000
-    torch.testing.assert_close(
-        out[:, :, 65_000:], scan(with_tensors(call, **late), engine)[0], rtol=1e-5, atol=1e-5
-    )
+    call = made(n, kind, rule=rule, b=1, heads=1, d_k=8, d_v=8, dtype=torch.float32, strength=0.02)
+    if call.decay is not None:
+        decay = call.decay.clone()
+        decay[:, :, ::1000] = -200.0
+        call = with_tensors(call, decay=decay)
+    weights = weights_for(call)
+    exact = results(call, "torch", weights, torch.float64)
+    wide = with_tensors(call, **{name: x.double() for name, x in tensors(call).items()})
+    exact["out"], exact["after"] = scan(wide, "definition")
+    for engine, cuts in runs:
+        got = results(call, engine, weights, torch.float32, cuts)
+        for name, want in exact.items():
+            error = (got[name] - want).norm() / want.norm().clamp(min=1e-3)
+            assert error < 2e-6, f"{engine} cut at {cuts}: {name} off by {error:.1e}"
+
+
+@pytest.mark.slow
+@every_kind
+def test_65536_tokens_whole_and_split_anywhere(rule, kind):
+    """Chunks, steps and pieces agree; each gradient runs through all of the pieces."""
+    engines = [engine for engine in FAST if engine != "native" or not native.unavailable()]
+    gen = torch.Generator().manual_seed(7)
+    anywhere = tuple(sorted(torch.randint(2, 65_535, (3,), generator=gen).tolist()))
+    held_at_65536(rule, kind, [(engine, cuts) for engine in engines for cuts in ((), (1, *anywhere, 65_535))])
 
 
 MEASURE = """
@@ -491,15 +514,24 @@ import torch
 from tests.kernels.test_scan import check, made, scan, tensors, with_tensors
 for rule in ("add", "delta"):
     for kind in (None, "scalar", "channel"):
-        check(made(19, kind, rule=rule, b=1, d_k=5, d_v=70), "triton")  # values in two blocks
-        check(made(21, kind, rule=rule, b=1, heads=1, group=2, chunk=8, beta=False, state=False), "triton")
-        offsets = torch.tensor([0, 0, 9, 10, 23, 23])
-        check(made(23, kind, rule=rule, b=1, heads=1, strength=30.0, chunk=4, offsets=offsets), "triton")
-        call = made(9, kind, rule=rule, dtype=torch.bfloat16)
-        moved = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors(call).items()}
-        wide = with_tensors(call, **{name: x.float() for name, x in tensors(call).items()})
-        for got, want in zip(scan(with_tensors(call, **moved), "triton"), scan(wide, "triton")):
-            assert torch.equal(got, want.to(got.dtype))
+        check(made(9, kind, rule=rule, b=1, d_k=5, d_v=70), "triton")  # token by token
+        check(made(65, kind, rule=rule, b=1, d_k=5, d_v=70), "triton")  # values in two blocks
+        lacks = {"beta": False, "state": False}
+        check(made(150, kind, rule=rule, heads=1, group=2, strength=30.0, chunk=64, **lacks), "triton")
+        for n in (23, 150):
+            offsets = torch.tensor([0, 0, 9, 10, n, n])
+            check(made(n, kind, rule=rule, b=1, heads=1, strength=30.0, chunk=64, offsets=offsets), "triton")
+        for n in (9, 20):
+            call = made(n, kind, rule=rule, dtype=torch.bfloat16)
+            moved = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors(call).items()}
+            wide = with_tensors(call, **{name: x.float() for name, x in tensors(call).items()})
+            for got, want in zip(scan(with_tensors(call, **moved), "triton"), scan(wide, "triton")):
+                assert torch.equal(got, want.to(got.dtype))
+    check(made(70, "channel", rule=rule, b=1, heads=1, d_k=130, d_v=33), "triton")  # shorter chunks
+    never = made(40, "channel", rule=rule, b=1, heads=1, dtype=torch.float32)
+    never.decay[:, :, 7:9] = -torch.inf
+    for got, want in zip(scan(never, "triton"), scan(never, "definition")):
+        torch.testing.assert_close(got, want)
     none = made(0, "scalar", rule=rule, dtype=torch.float32)
     leaves = {name: x.requires_grad_() for name, x in tensors(none).items()}
     out, after = scan(with_tensors(none, **leaves), "triton")
@@ -517,23 +549,43 @@ def test_triton_in_the_interpreter():
     assert "all right" in in_a_process("-c", IN_TRITON, TRITON_INTERPRET="1")
 
 
+IN_FEWER_CHUNKS = """
+import sys
+from tests.kernels.test_scan import held_at_65536
+from tilewise.kernels.scan import triton as engine
+engine.TILE = 256  # tokens of a chunk: the interpreter takes as long for 64
+held_at_65536(*sys.argv[1:], [("triton", (1, 32_773))])
+print("all right")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "kind"), [("add", "scalar"), ("delta", "channel")])
+def test_triton_splits_65536_tokens(rule, kind):
+    """In the interpreter, which takes minutes for all rules and decays."""
+    if reason := interpreter_lacks():
+        pytest.skip(reason)
+    assert "all right" in in_a_process("-c", IN_FEWER_CHUNKS, rule, kind, TRITON_INTERPRET="1")
+
+
 FOR_A_GPU = """
 import torch
 from tests.kernels.test_scan import made
 from tests.kernels.test_triton import compiled, target_gpu
 from tilewise.kernels.scan import triton as engine
 
-def start(kernel, call, **arguments):
-    compiled(kernel, **engine._given(call), **arguments, **engine._sizes(call))
+def start(kernel, grid, arguments, warps):
+    compiled(kernel, **arguments, num_warps=warps, num_stages=1, enable_fp_fusion=True)
 
 target_gpu(90)
 engine.start = start
 for rule, kind, options in (
     ("add", None, {"beta": False, "state": False, "d_k": 128, "d_v": 128}),
-    ("delta", "scalar", {"group": 2, "offsets": torch.tensor([0, 9, 20])}),
+    ("delta", "scalar", {"group": 2, "offsets": torch.tensor([0, 9, 90])}),
     ("delta", "channel", {"d_k": 64, "d_v": 64}),
 ):
-    call = made(20, kind, rule=rule, b=1, dtype=torch.bfloat16, **options)
+    engine.forward(made(3, kind, rule=rule, b=1, dtype=torch.bfloat16, d_k=64))
+    call = made(90, kind, rule=rule, b=1, dtype=torch.bfloat16, **options)
     out, after = engine.forward(call)
     engine.backward(call, torch.randn_like(out), torch.randn_like(after))
 """
@@ -543,7 +595,11 @@ for rule, kind, options in (
 @needs_triton
 def test_triton_compiles_for_a_gpu(tmp_path):
     """To machine code for an H100, within its 227 KiB of shared memory."""
-    assert compiled_within(227, tmp_path, "-c", FOR_A_GPU) == ["forward", "forward", "backward"] * 3
+    names = compiled_within(227, tmp_path, "-c", FOR_A_GPU)
+    backwards = ["d_values", "d_states", "d_keys", "d_queries"]
+    add, delta = (["states"], ["invert", "states"])
+    expected = ["steps", *add, "outputs", *add, *backwards]
+    assert names == expected + 2 * ["steps", *delta, "outputs", *delta, *backwards]
 
 
 def test_triton_says_why_not():

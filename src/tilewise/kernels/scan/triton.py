@@ -1,13 +1,14 @@
 """The Triton engine: GPUs; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1 before Tilewise is imported).
 
-A program for each head of each sequence and each block of the values' channels goes through the tokens one after
-the other, its part of the state in registers: the same loop for every rule and decay, and for decoding. It reads
-what it must once, but multiplies no matrices. The backward pass keeps states `call.chunk` tokens apart and computes
-those between again.
+Chunks of tokens as products of matrices, forward and backward, with the states kept before each chunk of a part of
+every sequence; `call.chunk` is how many tokens a part has. Few tokens, as in decoding, go one after the other with
+the state in registers. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ from tilewise.kernels.gpu import INTERPRETED, absent, too_wide
 from tilewise.kernels.scan import op
 from tilewise.kernels.scan.call import Call
 
-EVERY = 32  # tokens between two kept states, where the call does not say
-MOST = 8192  # numbers of the state that a program holds
+FEW = 16  # tokens of a sequence, for which chunks do not pay
+TILE = 64  # tokens of a chunk, if its keys are not too wide
+# Numbers that a program holds of its state, and of a chunk's keys, which decays by channel multiply.
+MOST_STATE, MOST_KEYS, MOST_DECAYING = 4096, 8192, 4096
+AT_ONCE = 1 << 26  # numbers kept of the chunks of a part: 256 MiB
+# Of products: bfloat16 has fewer digits than those that are left by one in tf32; three of those give float32's.
+PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32x3", torch.float32: "tf32x3"}
 
 
 def refuse(call: Call) -> str | None:
@@ -38,70 +44,137 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The operator's forward on this engine."""
-    out, after, _ = _forward(call, keep=False)
-    return out.to(call.q.dtype), after
+    from tilewise.kernels.scan import triton_chunks, triton_steps
+
+    make = call.q.new_zeros if call.offsets is not None else call.q.new_empty
+    out = make((*call.q.shape[:3], call.v.shape[3]), dtype=torch.float32 if INTERPRETED else call.q.dtype)
+    state = _first_state(call)
+    if call.q.shape[2] and call.sequences:
+        given = _given(call)
+        if call.q.shape[2] < FEW * (1 if call.offsets is None else call.sequences):
+            _start(triton_steps.steps, _by_states(call), given, state=state, out=out)
+        else:
+            for part in _parts(call):
+                kept = _states(call, part, given, state)
+                grid = (part.slots, call.q.shape[1])
+                _start(triton_chunks.outputs, grid, given, **part.given(), **kept, out=out)
+    return out.to(call.q.dtype), state
 
 
 def backward(call: Call, d_out: Tensor, d_state: Tensor) -> op.Gradients:
     """Gradients of q, k, v, decay, beta and state."""
-    from tilewise.kernels.scan import triton_steps
+    from tilewise.kernels.scan import triton_chunks
 
-    (b, heads, n, d_k), d_v = call.k.shape, call.v.shape[3]
-    group, blocks = call.q.shape[1] // heads, _blocks(call)
-    _, _, kept = _forward(call, keep=True)
-    make = call.q.new_zeros if call.offsets is not None else call.q.new_empty
-
-    def room(*shape: int) -> Tensor:
-        return make(shape, dtype=torch.float32)
-
-    d_q, d_k_ = room(blocks, b, heads * group, n, d_k), room(blocks, b, heads, n, d_k)
-    d_v_, d_first = room(b, heads, n, d_v), torch.empty_like(d_state, dtype=torch.float32)
-    d_decay = None if call.decay is None else room(blocks, *call.decay.shape)
-    d_beta = None if call.beta is None else room(blocks, *call.beta.shape)
-    if not n or not call.sequences:
-        d_first = d_state.float().clone()
-    else:
-        every, padded_k, width = _every(call), _padded(d_k), _width(call)
-        scratch = room(call.sequences * heads * blocks, every, padded_k, width)
-        start(
-            triton_steps.backward, call, offsets=call.offsets, kept=kept, d_out=d_out.float().contiguous(),
-            d_last=d_state.float().contiguous(), d_q=d_q, d_k=d_k_, d_v=d_v_, d_decay=d_decay, d_beta=d_beta,
-            d_first=d_first, scratch=scratch, tokens=b * heads * n,
-        )  # fmt: skip
-    sums = [None if x is None else x.sum(0) for x in (d_decay, d_beta)]
-    made = [d_q.sum(0).to(call.q.dtype), d_k_.sum(0).to(call.k.dtype), d_v_.to(call.v.dtype)]
-    return (*made, *sums, None if call.state is None else d_first)  # type: ignore[return-value]
-
-
-def _forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs and final states in float32, and the states that the backward pass begins from."""
-    from tilewise.kernels.scan import triton_steps
-
-    shape = (*call.q.shape[:3], call.v.shape[3])
-    make = call.q.new_zeros if call.offsets is not None else call.q.new_empty
-    out = make(shape, dtype=torch.float32)
-    after = call.q.new_empty(call.state_shape(), dtype=torch.float32)
-    first = None if call.state is None else call.state.float().contiguous()
-    if not call.q.shape[2] or not call.sequences:
-        return out, after.zero_() if first is None else first.clone(), None
-    kept = None
-    if keep:
-        kept = after.new_empty(
-            _slots(call) * (1 if call.offsets is not None else call.sequences), *after.shape[1:]
-        )
-    start(triton_steps.forward, call, first=first, offsets=call.offsets, out=out, last=after, kept=kept)
-    return out, after, kept
+    make = torch.zeros_like if call.offsets is not None else torch.empty_like
+    found = {
+        f"d_{name}": None if x is None else make(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for name, x in (("q", call.q), ("k", call.k), ("v", call.v), ("decay", call.decay), ("beta", call.beta))
+    }  # fmt: skip
+    d_state = d_state.float().clone(memory_format=torch.contiguous_format)
+    if call.q.shape[2] and call.sequences:
+        given = _given(call) | {"d_out": d_out.float().contiguous()}
+        *parts, last = _parts(call)
+        states = [_first_state(call)]
+        for part in parts:
+            states.append(states[-1].clone())
+            _states(call, part, given, states[-1])
+        for part in (last, *reversed(parts)):
+            kept = _states(call, part, given, states.pop())
+            room = {"d_kept": _of_states(call, part), "d_own": _of_chunks(call, part)}
+            every = {**given, **part.given(), **kept, **room}
+            heads, blocks = call.k.shape[1], _blocks(call)
+            _start(triton_chunks.d_values, (part.slots, heads, blocks), every)
+            _start(triton_chunks.d_states, _by_states(call), every, d_state=d_state)
+            _start(triton_chunks.d_keys, (part.slots, heads), every, **found)
+            _start(triton_chunks.d_queries, (part.slots, heads), every, **found)
+    d_q, d_k, d_v = (found[f"d_{name}"].to(call.q.dtype) for name in "qkv")  # type: ignore[union-attr]
+    return d_q, d_k, d_v, found["d_decay"], found["d_beta"], None if call.state is None else d_state
 
 
-def start(kernel: Any, call: Call, **arguments: Any) -> None:
-    """Run a kernel with a program for each head of each sequence and each block of the values' channels."""
-    grid = (call.sequences * call.k.shape[1], _blocks(call))
-    with torch.cuda.device_of(call.q):
-        kernel[grid](**_given(call), **arguments, **_sizes(call))
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some tokens of every sequence, and the slots of their chunks: see `triton_chunks`."""
+
+    skip: int
+    part: int
+    per: int
+    slots: int
+    firsts: Tensor | None
+    owners: Tensor | None
+
+    def given(self) -> dict[str, Any]:
+        """What kernels are told of it."""
+        return {name: getattr(self, name) for name in ("skip", "part", "per", "firsts", "owners")}
+
+
+def _parts(call: Call) -> Iterator[_Part]:
+    """In the order of time, with the same number of tokens of every sequence that has as many.
+
+    Nothing is asked of a GPU: of packed sequences, only it knows the lengths.
+    """
+    n, s, tile, offsets = call.q.shape[2], call.sequences, _tile(call), call.offsets
+    d_k, d_v = call.k.shape[3], call.v.shape[3]
+    most = max(1, AT_ONCE // (call.k.shape[1] * (d_k * d_v + tile * (d_v + tile))))
+    part = -(-n // tile) * tile if call.chunk is None else max(1, call.chunk // tile) * tile
+    if call.chunk is None and (part // tile * s if offsets is None else n // tile + s) > most:
+        part = max(1, most // s) * tile
+    for skip in range(0, n, part):
+        per = -(-min(part, n - skip) // tile)
+        if offsets is None:
+            yield _Part(skip, part, per, per * s, None, None)
+            continue
+        slots = min(n // tile + s, per * s)
+        counts = ((offsets.diff() - skip).clamp(0, part) + tile - 1) // tile
+        ends = counts.cumsum(0)
+        owners = torch.searchsorted(ends, torch.arange(slots, device=ends.device), right=True)
+        yield _Part(skip, part, per, slots, ends - counts, owners.clamp(max=s - 1))
+
+
+def _states(call: Call, part: _Part, given: dict[str, Any], state: Tensor) -> dict[str, Tensor | None]:
+    """What is kept of every slot; `state` becomes that after the part."""
+    from tilewise.kernels.scan import triton_chunks
+
+    heads, tile, kept = call.k.shape[1], _tile(call), _of_states(call, part)
+    inverses = values = None
+    if call.rule == "delta":
+        inverses, values = state.new_empty(part.slots, heads, tile, tile), _of_chunks(call, part)
+        _start(triton_chunks.invert, (part.slots, heads), given, **part.given(), inverses=inverses)
+    made = {"inverses": inverses, "kept": kept, "values": values}
+    _start(triton_chunks.states, _by_states(call), given, **part.given(), **made, state=state)
+    return made
+
+
+def _of_states(call: Call, part: _Part) -> Tensor:
+    shape = (part.slots, *call.state_shape()[1:])
+    return torch.empty(shape, dtype=torch.float32, device=call.q.device)
+
+
+def _of_chunks(call: Call, part: _Part) -> Tensor:
+    shape = (part.slots, call.k.shape[1], _tile(call), call.v.shape[3])
+    return torch.empty(shape, dtype=torch.float32, device=call.q.device)
+
+
+def _first_state(call: Call) -> Tensor:
+    """In float32, to be written over."""
+    if call.state is not None:
+        return call.state.float().clone(memory_format=torch.contiguous_format)
+    return torch.zeros(call.state_shape(), dtype=torch.float32, device=call.q.device)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], **more: Any) -> None:
+    """Run a kernel on those of the arguments that it has."""
+    every = given | more
+    start(kernel, grid, {name: every[name] for name in kernel.arg_names}, 8 if every["BLOCK_K"] > 32 else 4)
+
+
+def start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
+    """Run a kernel."""
+    with torch.cuda.device_of(arguments["k"]):
+        kernel[grid](**arguments, num_warps=warps, num_stages=1, enable_fp_fusion=True)
 
 
 def _given(call: Call) -> dict[str, Any]:
-    """What both kernels read. The interpreter cannot read bfloat16."""
+    """What kernels read and their sizes. The interpreter cannot read bfloat16."""
     tensors = {"q": call.q, "k": call.k, "v": call.v}
     if INTERPRETED:
         tensors = {name: x.float() for name, x in tensors.items()}
@@ -109,35 +182,36 @@ def _given(call: Call) -> dict[str, Any]:
         f"{name}_{axis}": stride for name, x in tensors.items() for axis, stride in zip("bhnd", x.stride())
     }
     decay, beta = (None if x is None else x.float().contiguous() for x in (call.decay, call.beta))
-    return {**tensors, **strides, "decay": decay, "beta": beta}
-
-
-def _sizes(call: Call) -> dict[str, Any]:
-    return {
+    tile = _tile(call)
+    sizes = {
         "n": call.q.shape[2], "heads": call.k.shape[1], "group": call.q.shape[1] // call.k.shape[1],
-        "every": _every(call), "slots": _slots(call), "scale": float(call.scale), "D_K": call.k.shape[3],
-        "D_V": call.v.shape[3], "BLOCK_K": _padded(call.k.shape[3]), "BLOCK_V": _width(call),
-        "CHANNELS": call.by_channel, "DELTA": call.rule == "delta", "enable_fp_fusion": True,
+        "scale": float(call.scale), "D_K": call.k.shape[3], "D_V": call.v.shape[3],
+        "BLOCK_K": _padded(call.k.shape[3]), "BLOCK_V": _width(call), "C": tile, "LEVELS": tile.bit_length() - 1,
+        "DECAY": "none" if decay is None else "channel" if call.by_channel else "scalar",
+        "DELTA": call.rule == "delta",
+        "PRECISION": PRECISION[call.q.dtype] if torch.version.hip is None else "ieee",
     }  # fmt: skip
+    return {**tensors, **strides, "decay": decay, "beta": beta, "offsets": call.offsets, **sizes}
 
 
-def _every(call: Call) -> int:
-    return min(EVERY if call.chunk is None else call.chunk, max(1, call.q.shape[2]))
-
-
-def _slots(call: Call) -> int:
-    """Kept states of a sequence, or of all packed ones."""
-    n, every = call.q.shape[2], _every(call)
-    return -(-n // every) if call.offsets is None else n // every + call.sequences + 1
+def _by_states(call: Call) -> tuple[int, int]:
+    """A program for each head of each sequence and each block of the values' channels."""
+    return call.sequences * call.k.shape[1], _blocks(call)
 
 
 def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def _tile(call: Call) -> int:
+    """Tokens of a chunk."""
+    most = (MOST_DECAYING if call.by_channel else MOST_KEYS) // _padded(call.k.shape[3])
+    return max(16, min(TILE, _padded(call.q.shape[2]), most))
+
+
 def _width(call: Call) -> int:
     """Values' channels of a program."""
-    return max(8, min(_padded(call.v.shape[3]), 64, MOST // _padded(call.k.shape[3])))
+    return max(16, min(_padded(call.v.shape[3]), 64, MOST_STATE // _padded(call.k.shape[3])))
 
 
 def _blocks(call: Call) -> int:
