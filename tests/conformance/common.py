@@ -344,6 +344,11 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).nan_to_num(torch.inf).square().mean().sqrt())
 
 
+def relative_error(got: Tensor, want: Tensor, least: float = 0.0) -> float:
+    """Deviation over the size of `want`, or over `least` if that is larger; root mean squares both."""
+    return error(got, want.double()) / max(error(torch.zeros_like(want), want.double()), least)
+
+
 def over_budget(got: Tensor, baseline: Tensor, want: Tensor) -> str | None:
     """Why `got` errs more than twice as much as `baseline` does, or None.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.conformance.common import error, over_budget
+from tests.conformance.common import error, over_budget, relative_error
 from tests.conformance.test_memory import allocations
 from tilewise.kernels import EngineRefused
 from tilewise.kernels.gated_rnn import ENGINES, KINDS, Call, explain, gated_rnn, native, op, tiling
@@ -234,6 +234,36 @@ def test_split_anywhere(engine, kind):
             outs.append(out)
         torch.testing.assert_close(torch.cat(outs, 2), whole)
         torch.testing.assert_close(state, last)
+
+
+@pytest.mark.slow
+@every_kind
+def test_65536_tokens_whole_and_split_anywhere(kind):
+    """Outputs and states are the definition's in float64; the native gradients of pieces are those of the whole."""
+    n = 65_536
+    call = make(kind, batch=1, heads=1, n=n, d=8, seed=3)
+    want = gated_rnn(to(call, torch.float64), "definition")
+    leaves = {name: getattr(call, name).requires_grad_() for name in NAMES}
+    d_out = torch.randn(1, 1, n, 8, generator=torch.Generator().manual_seed(1))
+
+    def pieces(engine: str, cuts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        outs, state = [], call.state
+        for start, end in itertools.pairwise((0, *cuts, n)):
+            out, state = gated_rnn(replace(call, wx=call.wx[:, :, start:end], state=state), engine)
+            outs.append(out)
+        return torch.cat(outs, 2), state
+
+    anywhere, gradients = (1, 777, 32_773, 65_535), []
+    for cuts in ((), anywhere):
+        got = pieces("native", cuts)
+        for mine, right in zip(got, want):
+            assert relative_error(mine.detach(), right) < 1e-6
+        gradients.append(torch.autograd.grad(got[0], leaves.values(), d_out))
+    for name, whole, split in zip(leaves, *gradients):
+        assert relative_error(split, whole) < 1e-5, name
+    with torch.no_grad():
+        for mine, right in zip(pieces("torch", anywhere), want):
+            assert relative_error(mine, right) < 1e-6
 
 
 @every_engine

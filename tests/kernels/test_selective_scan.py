@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.conformance.common import error, over_budget
+from tests.conformance.common import error, over_budget, relative_error
 from tests.conformance.test_memory import allocations
 from tilewise.kernels import EngineRefused
 from tilewise.kernels.selective_scan import ENGINES, Call, explain, op, selective_scan
@@ -177,12 +178,10 @@ def test_packed_sequences_are_those_alone(engine):
         torch.testing.assert_close(after[i : i + 1], last)
 
 
-@pytest.mark.parametrize("engine", FAST)
-def test_split_anywhere(engine):
-    call = make(n=75, channels=96)
-    whole, last = selective_scan(call, engine)
+def pieces(call: Call, engine: str, cuts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calls one after the other, each from the state that the last one left."""
     state, outs = call.state, []
-    for start, end in ((0, 0), (0, 1), (1, 5), (5, 38), (38, 75)):
+    for start, end in itertools.pairwise((0, *cuts, call.x.shape[1])):
         part = replace(
             call,
             x=call.x[:, start:end],
@@ -193,8 +192,33 @@ def test_split_anywhere(engine):
         )
         out, state = selective_scan(part, engine)
         outs.append(out)
-    torch.testing.assert_close(torch.cat(outs, 1), whole)
-    torch.testing.assert_close(state, last)
+    return torch.cat(outs, 1), state
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_split_anywhere(engine):
+    call = make(n=75, channels=96)
+    for got, want in zip(pieces(call, engine, (0, 1, 5, 38)), selective_scan(call, engine)):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0.01, 1.0])
+def test_65536_tokens_whole_and_split_anywhere(step):
+    """Outputs and states are the definition's in float64; the gradients of pieces are those of the whole."""
+    call = make(batch=1, n=65_536, channels=8, states=4, groups=1, step=step)
+    want = selective_scan(to(call, torch.float64), "definition")
+    leaves = {name: getattr(call, name).requires_grad_() for name in NAMES}
+    d_out = torch.randn(call.x.shape)
+    for engine in FAST:
+        gradients = []
+        for cuts in ((), (1, 777, 32_773, 65_535)):
+            got = pieces(call, engine, cuts)
+            for mine, right in zip(got, want):
+                assert relative_error(mine.detach(), right) < 5e-6, engine
+            gradients.append(torch.autograd.grad(got[0], leaves.values(), d_out))
+        for name, whole, split in zip(leaves, *gradients):
+            assert relative_error(split, whole) < 1e-5, (engine, name)
 
 
 @pytest.mark.parametrize("engine", FAST)
