@@ -1,4 +1,7 @@
-"""Whether Triton engines can run: on GPUs, or on a CPU in Triton's interpreter. Imports no Triton."""
+"""What Triton engines share: whether they can run, on GPUs or in the interpreter, and in blocks of which size.
+
+Imports no Triton.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +29,8 @@ def too_wide(x: Tensor) -> str | None:
     if x.dtype in DTYPES:
         return None
     return f"accumulates in float32, the tensors are {str(x.dtype).removeprefix('torch.')}"
+
+
+def padded(n: int) -> int:
+    """The block that holds `n`: a power of two, and at least what a matrix unit multiplies at once."""
+    return max(16, 1 << (n - 1).bit_length())

@@ -38,13 +38,12 @@ from tilewise.kernels.attend_tiles.triton_launch import (
     candidates,
     constants,
     launch,
-    padded,
     roomy,
     start,
     stored,
 )
 from tilewise.kernels.attend_tiles.triton_layout import Layout, Range
-from tilewise.kernels.gpu import absent, too_wide
+from tilewise.kernels.gpu import absent, padded, too_wide
 from tilewise.tiles import Partial
 
 MANY = 1 << 30  # more keys than any block holds

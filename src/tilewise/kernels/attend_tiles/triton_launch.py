@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tilewise.kernels.attend_tiles.triton_layout import Layout
+from tilewise.kernels.gpu import padded
 
 
 class Config(NamedTuple):
@@ -74,11 +75,6 @@ def roomy(device: torch.device) -> bool:
 def stored(dtype: torch.dtype) -> torch.dtype:
     """What kernels compute and write as: the interpreter cannot multiply bfloat16, nor round to it."""
     return torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
-
-
-def padded(n: int) -> int:
-    """The block that holds `n`: a power of two, and at least what a matrix unit multiplies at once."""
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def constants(layout: Layout) -> dict[str, Any]:

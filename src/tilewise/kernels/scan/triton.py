@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise.kernels.gpu import INTERPRETED, absent, too_wide
+from tilewise.kernels.gpu import INTERPRETED, absent, padded, too_wide
 from tilewise.kernels.scan import op
 from tilewise.kernels.scan.call import Call
 
@@ -22,6 +22,7 @@ FEW = 16  # tokens of a sequence, for which chunks do not pay
 TILE = 64  # tokens of a chunk, if its keys are not too wide
 # Numbers that a program holds of its state, and of a chunk's keys, which decays by channel multiply.
 MOST_STATE, MOST_KEYS, MOST_DECAYING = 4096, 8192, 4096
+WIDEST = 128  # values' channels of a program that holds no state
 AT_ONCE = 1 << 26  # numbers kept of the chunks of a part: 256 MiB
 # Of products: bfloat16 has fewer digits than those that are left by one in tf32; three of those give float32's.
 PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32x3", torch.float32: "tf32x3"}
@@ -63,7 +64,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(call: Call, d_out: Tensor, d_state: Tensor) -> op.Gradients:
     """Gradients of q, k, v, decay, beta and state."""
-    from tilewise.kernels.scan import triton_chunks
+    from tilewise.kernels.scan import triton_gradients
 
     make = torch.zeros_like if call.offsets is not None else torch.empty_like
     found = {
@@ -82,11 +83,12 @@ def backward(call: Call, d_out: Tensor, d_state: Tensor) -> op.Gradients:
             kept = _states(call, part, given, states.pop())
             room = {"d_kept": _of_states(call, part), "d_own": _of_chunks(call, part)}
             every = {**given, **part.given(), **kept, **room}
-            heads, blocks = call.k.shape[1], _blocks(call)
-            _start(triton_chunks.d_values, (part.slots, heads, blocks), every)
-            _start(triton_chunks.d_states, _by_states(call), every, d_state=d_state)
-            _start(triton_chunks.d_keys, (part.slots, heads), every, **found)
-            _start(triton_chunks.d_queries, (part.slots, heads), every, **found)
+            heads, width = call.k.shape[1], min(padded(call.v.shape[3]), WIDEST)
+            grid = (part.slots, heads, -(-call.v.shape[3] // width))
+            _start(triton_gradients.d_values, grid, every, BLOCK_V=width)
+            _start(triton_gradients.d_states, _by_states(call), every, d_state=d_state)
+            _start(triton_gradients.d_keys, (part.slots, heads), every, **found)
+            _start(triton_gradients.d_queries, (part.slots, heads), every, **found)
     d_q, d_k, d_v = (found[f"d_{name}"].to(call.q.dtype) for name in "qkv")  # type: ignore[union-attr]
     return d_q, d_k, d_v, found["d_decay"], found["d_beta"], None if call.state is None else d_state
 
@@ -186,7 +188,7 @@ def _given(call: Call) -> dict[str, Any]:
     sizes = {
         "n": call.q.shape[2], "heads": call.k.shape[1], "group": call.q.shape[1] // call.k.shape[1],
         "scale": float(call.scale), "D_K": call.k.shape[3], "D_V": call.v.shape[3],
-        "BLOCK_K": _padded(call.k.shape[3]), "BLOCK_V": _width(call), "C": tile, "LEVELS": tile.bit_length() - 1,
+        "BLOCK_K": padded(call.k.shape[3]), "BLOCK_V": _width(call), "C": tile, "LEVELS": tile.bit_length() - 1,
         "DECAY": "none" if decay is None else "channel" if call.by_channel else "scalar",
         "DELTA": call.rule == "delta",
         "PRECISION": PRECISION[call.q.dtype] if torch.version.hip is None else "ieee",
@@ -199,19 +201,15 @@ def _by_states(call: Call) -> tuple[int, int]:
     return call.sequences * call.k.shape[1], _blocks(call)
 
 
-def _padded(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def _tile(call: Call) -> int:
     """Tokens of a chunk."""
-    most = (MOST_DECAYING if call.by_channel else MOST_KEYS) // _padded(call.k.shape[3])
-    return max(16, min(TILE, _padded(call.q.shape[2]), most))
+    most = (MOST_DECAYING if call.by_channel else MOST_KEYS) // padded(call.k.shape[3])
+    return max(16, min(TILE, padded(call.q.shape[2]), most))
 
 
 def _width(call: Call) -> int:
     """Values' channels of a program."""
-    return max(16, min(_padded(call.v.shape[3]), 64, MOST_STATE // _padded(call.k.shape[3])))
+    return max(16, min(padded(call.v.shape[3]), 64, MOST_STATE // padded(call.k.shape[3])))
 
 
 def _blocks(call: Call) -> int:

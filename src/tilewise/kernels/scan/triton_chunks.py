@@ -1,10 +1,10 @@
-"""The Triton kernels of the scan over chunks of C tokens: products of matrices, forward and backward.
+"""The Triton kernels of the scan over chunks of C tokens: products of matrices, and what the backward ones share.
 
 With A the scores of queries and earlier keys and S the state before the chunk, its outputs are
 `A u + (q before) S`, and the state after it is `total S + (k after)^T u`; `u` is `beta v`, and for the delta rule
 `X beta (v - (k before) S)` with X the inverse of I + beta B, B being scores of keys and earlier keys (Yang et al.,
-2024). `before`, `after` and `total` are factors of decay. Only the states depend on each other: `states` and
-`d_states` go from chunk to chunk, all other kernels do every chunk at once.
+2024). `before`, `after` and `total` are factors of decay. Only the states depend on each other: `states` goes
+from chunk to chunk, the other kernels do every chunk at once.
 
 A slot is a chunk of a sequence. Of each sequence the tokens from `skip` on are worked on, `part` at most, so that
 what is kept of each slot is bounded. Sequences have `per` slots each; packed ones begin at slot `firsts`, and
@@ -16,16 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewise.kernels.scan.triton_pairs import (
-    before_and_after,
-    faded,
-    gradients,
-    inverse,
-    scores,
-    to_middle,
-    total_of,
-    up_to,
-)
+from tilewise.kernels.scan.triton_pairs import before_and_after, faded, inverse, scores
 
 
 @triton.jit
@@ -101,14 +92,39 @@ def matrix(x, slot, heads, head, rows, columns, D_K: tl.constexpr, D_V: tl.const
 
 
 @triton.jit
+def opened(
+    k, decay, slot, head, offsets, owners, firsts, n, heads, per, skip, part, k_b, k_h, k_n, k_d,
+    D_K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """Of a slot and head: batch entry, first token, number of tokens, first row, keys and decays."""
+    b, begin, size = placed(slot, offsets, owners, firsts, n, per, skip, part, C)
+    at, channels = (b * heads + head) * n + begin, tl.arange(0, BLOCK_K)
+    key = rows_of(k, b, head, begin, size, channels, D_K, k_b, k_h, k_n, k_d, C)
+    return b, begin, size, at, key, decays(decay, at, size, channels, D_K, C, DECAY)
+
+
+@triton.jit
+def of_chunk(x, slot, heads, head, columns, D_V: tl.constexpr, C: tl.constexpr):
+    """Places `[C, columns]` of a slot in `[slots, H, C, D_v]`, and which of the columns there are."""
+    return flat(x, (slot * heads + head) * C, columns, D_V, C), (columns < D_V)[None, :]
+
+
+@triton.jit
+def of_state(x, slot, heads, head, channels, columns, D_K: tl.constexpr, D_V: tl.constexpr):
+    """A slot's `[D_k, columns]` in `[slots, H, D_k, D_v]`."""
+    place, inside = matrix(x, slot, heads, head, channels, columns, D_K, D_V)
+    return tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
 def written(
     v, values, beta, b, slot, heads, head, at, begin, size, columns, v_b, v_h, v_n, v_d,
     D_V: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     """`u` of a chunk `[C, columns]`."""
     if DELTA:
-        place = flat(values, (slot * heads + head) * C, columns, D_V, C)
-        own = tl.load(place, mask=(columns < D_V)[None, :], other=0.0)
+        place, known = of_chunk(values, slot, heads, head, columns, D_V, C)
+        own = tl.load(place, mask=known, other=0.0)
     else:
         own = rows_of(v, b, head, begin, size, columns, D_V, v_b, v_h, v_n, v_d, C)
         own *= strengths(beta, at, size, C)[:, None]
@@ -123,13 +139,13 @@ def invert(
 ):  # fmt: skip
     """X of every slot and head, `[slots, H, C, C]`, for the delta rule."""
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b, begin, size = placed(slot, offsets, owners, firsts, n, per, skip, part, C)
+    b, begin, size, at, key, steps = opened(
+        k, decay, slot, head, offsets, owners, firsts, n, heads, per, skip, part, k_b, k_h, k_n, k_d, D_K, BLOCK_K,
+        C, DECAY,
+    )  # fmt: skip
     if size <= 0:
         return
-    rows, channels = tl.arange(0, C), tl.arange(0, BLOCK_K)
-    at = (b * heads + head) * n + begin
-    key = rows_of(k, b, head, begin, size, channels, D_K, k_b, k_h, k_n, k_d, C)
-    steps = decays(decay, at, size, channels, D_K, C, DECAY)
+    rows = tl.arange(0, C)
     found = scores(key, key, steps, LEVELS, DECAY, PRECISION)
     found = tl.where(rows[:, None] > rows[None, :], found, 0.0) * strengths(beta, at, size, C)[:, None]
     found = inverse(found, LEVELS, PRECISION)
@@ -168,8 +184,8 @@ def states(
             own = strength * (own - tl.dot(key * before, here, input_precision=PRECISION))
             solved = tl.load(flat(inverses, (slot * heads + head) * C, rows, C, C))
             own = tl.dot(solved, own, input_precision=PRECISION)
-            value_place = flat(values, (slot * heads + head) * C, columns, D_V, C)
-            tl.store(value_place, own, mask=(columns < D_V)[None, :])
+            value_place, known = of_chunk(values, slot, heads, head, columns, D_V, C)
+            tl.store(value_place, own, mask=known)
         else:
             own = strength * own
         here = faded(here, steps, DECAY) + tl.dot(tl.trans(key * after), own, input_precision=PRECISION)
@@ -186,21 +202,20 @@ def outputs(
 ):  # fmt: skip
     """Outputs `[B, H_q, N, D_v]`, a program for each slot and query head."""
     slot, reader = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    head = reader // group
-    b, begin, size = placed(slot, offsets, owners, firsts, n, per, skip, part, C)
+    head, channels = reader // group, tl.arange(0, BLOCK_K)
+    b, begin, size, at, key, steps = opened(
+        k, decay, slot, head, offsets, owners, firsts, n, heads, per, skip, part, k_b, k_h, k_n, k_d, D_K, BLOCK_K,
+        C, DECAY,
+    )  # fmt: skip
     if size <= 0:
         return
-    channels, at = tl.arange(0, BLOCK_K), (b * heads + head) * n + begin
     query = scale * rows_of(q, b, reader, begin, size, channels, D_K, q_b, q_h, q_n, q_d, C)
-    key = rows_of(k, b, head, begin, size, channels, D_K, k_b, k_h, k_n, k_d, C)
-    steps = decays(decay, at, size, channels, D_K, C, DECAY)
     weights = scores(query, key, steps, LEVELS, DECAY, PRECISION)
     before, _ = before_and_after(steps, DECAY, PRECISION)
     query *= before
     for first in range(0, D_V, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
-        place, inside = matrix(kept, slot, heads, head, channels, columns, D_K, D_V)
-        state = tl.load(place, mask=inside, other=0.0)
+        state = of_state(kept, slot, heads, head, channels, columns, D_K, D_V)
         own = written(
             v, values, beta, b, slot, heads, head, at, begin, size, columns, v_b, v_h, v_n, v_d, D_V, C, DELTA
         )
@@ -208,201 +223,3 @@ def outputs(
         found = tl.dot(weights, own, found, input_precision=PRECISION)
         place = flat(out, (b * heads * group + reader) * n + begin, columns, D_V, C)
         tl.store(place, found, mask=within(size, columns, D_V, C))
-
-
-@triton.jit
-def d_values(
-    q, k, decay, d_out, d_own, offsets, owners, firsts, n, heads, group, per, skip, part, scale,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d,
-    D_K: tl.constexpr, D_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What reaches `u` from the outputs of its own chunk, `[slots, H, C, D_v]`."""
-    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b, begin, size = placed(slot, offsets, owners, firsts, n, per, skip, part, C)
-    if size <= 0:
-        return
-    channels = tl.arange(0, BLOCK_K)
-    columns = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    key = rows_of(k, b, head, begin, size, channels, D_K, k_b, k_h, k_n, k_d, C)
-    steps = decays(decay, (b * heads + head) * n + begin, size, channels, D_K, C, DECAY)
-    found = tl.zeros([C, BLOCK_V], tl.float32)
-    for member in range(0, group):
-        reader = head * group + member
-        query = scale * rows_of(q, b, reader, begin, size, channels, D_K, q_b, q_h, q_n, q_d, C)
-        weights = scores(query, key, steps, LEVELS, DECAY, PRECISION)
-        place = flat(d_out, (b * heads * group + reader) * n + begin, columns, D_V, C)
-        given = tl.load(place, mask=within(size, columns, D_V, C), other=0.0)
-        found = tl.dot(tl.trans(weights), given, found, input_precision=PRECISION)
-    place = flat(d_own, (slot * heads + head) * C, columns, D_V, C)
-    tl.store(place, found, mask=(columns < D_V)[None, :])
-
-
-@triton.jit
-def d_states(
-    q, k, decay, beta, inverses, d_out, d_state, d_kept, d_own, offsets, firsts,
-    n, heads, group, per, skip, part, scale, q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d,
-    D_K: tl.constexpr, D_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """From the last slot to the first: gradients of the states after each to `d_kept`.
-
-    Those of the first states replace those of the last in `d_state`. `d_own` gets what the states after a chunk
-    pass on, and for the delta rule becomes the gradient of `beta (v - (k before) S)`.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    s, head = program // heads, program % heads
-    rows, channels = tl.arange(0, C), tl.arange(0, BLOCK_K)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    place, inside = matrix(d_state, s, heads, head, channels, columns, D_K, D_V)
-    here = tl.load(place, mask=inside, other=0.0)
-    b, start, end = bounds(s, offsets, n, skip, part)
-    slot = s * per
-    if offsets is not None:
-        slot = tl.load(firsts + s)
-    chunks = tl.cdiv(end - start, C)
-    for back in range(0, chunks):
-        chunk = chunks - 1 - back
-        begin = start + chunk * C
-        size, at = tl.minimum(end - begin, C), (b * heads + head) * n + begin
-        kept_place, _ = matrix(d_kept, slot + chunk, heads, head, channels, columns, D_K, D_V)
-        tl.store(kept_place, here, mask=inside)
-        key = rows_of(k, b, head, begin, size, channels, D_K, k_b, k_h, k_n, k_d, C)
-        steps = decays(decay, at, size, channels, D_K, C, DECAY)
-        before, after = before_and_after(steps, DECAY, PRECISION)
-        own_place = flat(d_own, ((slot + chunk) * heads + head) * C, columns, D_V, C)
-        own = tl.load(own_place, mask=(columns < D_V)[None, :], other=0.0)
-        own = tl.dot(key * after, here, own, input_precision=PRECISION)
-        here = faded(here, steps, DECAY)
-        if DELTA:
-            solved = tl.load(flat(inverses, ((slot + chunk) * heads + head) * C, rows, C, C))
-            own = tl.dot(tl.trans(solved), own, input_precision=PRECISION)
-            taken = strengths(beta, at, size, C)[:, None] * own
-            here -= tl.dot(tl.trans(key * before), taken, input_precision=PRECISION)
-        tl.store(own_place, own, mask=(columns < D_V)[None, :])
-        for member in range(0, group):
-            reader = head * group + member
-            query = scale * rows_of(q, b, reader, begin, size, channels, D_K, q_b, q_h, q_n, q_d, C)
-            given_place = flat(d_out, (b * heads * group + reader) * n + begin, columns, D_V, C)
-            given = tl.load(given_place, mask=within(size, columns, D_V, C), other=0.0)
-            here = tl.dot(tl.trans(query * before), given, here, input_precision=PRECISION)
-    tl.store(place, here, mask=inside)
-
-
-@triton.jit
-def d_keys(
-    k, v, decay, beta, kept, values, d_kept, d_own, d_k, d_v, d_decay, d_beta,
-    offsets, owners, firsts, n, heads, per, skip, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    D_K: tl.constexpr, D_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of v and beta, and those of k and decay but for what `d_queries` adds; float32 and contiguous."""
-    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b, begin, size = placed(slot, offsets, owners, firsts, n, per, skip, part, C)
-    if size <= 0:
-        return
-    rows, channels, at = tl.arange(0, C), tl.arange(0, BLOCK_K), (b * heads + head) * n + begin
-    key = rows_of(k, b, head, begin, size, channels, D_K, k_b, k_h, k_n, k_d, C)
-    steps = decays(decay, at, size, channels, D_K, C, DECAY)
-    before, after = before_and_after(steps, DECAY, PRECISION)
-    strength = strengths(beta, at, size, C)
-    d_key, d_strength = tl.zeros([C, BLOCK_K], tl.float32), tl.zeros([C], tl.float32)
-    through = tl.zeros([BLOCK_K], tl.float32)
-    if DELTA:
-        later = rows[:, None] > rows[None, :]
-        earlier = tl.where(later, scores(key, key, steps, LEVELS, DECAY, PRECISION), 0.0)
-        d_read, d_pairs = tl.zeros([C, BLOCK_K], tl.float32), tl.zeros([C, C], tl.float32)
-    for first in range(0, D_V, BLOCK_V):
-        columns = first + tl.arange(0, BLOCK_V)
-        known = (columns < D_V)[None, :]
-        place, inside = matrix(kept, slot, heads, head, channels, columns, D_K, D_V)
-        state = tl.load(place, mask=inside, other=0.0)
-        place, inside = matrix(d_kept, slot, heads, head, channels, columns, D_K, D_V)
-        d_after = tl.load(place, mask=inside, other=0.0)
-        rest = rows_of(v, b, head, begin, size, columns, D_V, v_b, v_h, v_n, v_d, C)
-        reached = tl.load(flat(d_own, (slot * heads + head) * C, columns, D_V, C), mask=known, other=0.0)
-        d_value = strength[:, None] * reached
-        if DELTA:
-            own = tl.load(flat(values, (slot * heads + head) * C, columns, D_V, C), mask=known, other=0.0)
-            rest -= tl.dot(key * before, state, input_precision=PRECISION)
-            rest -= tl.dot(earlier, own, input_precision=PRECISION)
-            d_read -= tl.dot(d_value, tl.trans(state), input_precision=PRECISION)
-            d_pairs -= tl.dot(d_value, tl.trans(own), input_precision=PRECISION)
-        else:
-            own = strength[:, None] * rest
-        d_strength += tl.sum(reached * rest, 1)
-        d_key = tl.dot(own, tl.trans(d_after), d_key, input_precision=PRECISION)
-        through += tl.sum(state * d_after, 1)
-        tl.store(flat(d_v, at, columns, D_V, C), d_value, mask=within(size, columns, D_V, C))
-    if beta is not None:
-        tl.store(d_beta + at + rows, d_strength, mask=rows < size)
-    d_key *= after
-    gate = total_of(tl.trans(to_middle(C, C)), key * d_key, DECAY, PRECISION)
-    through *= tl.exp(tl.sum(steps, 0))
-    if DECAY == "channel":
-        gate += through[None, :]
-    else:
-        gate += tl.sum(through, 0)
-    if DELTA:  # keys are queries as well, whose outputs are taken from the values
-        d_read *= before
-        gate += total_of(tl.trans(up_to(C)), key * d_read, DECAY, PRECISION)
-        d_pairs = tl.where(later, d_pairs, 0.0)
-        by_query, by_key, by_decay = gradients(d_pairs, key, key, steps, LEVELS, DECAY, PRECISION)
-        d_key += d_read + by_query + by_key
-        gate += by_decay
-    tl.store(flat(d_k, at, channels, D_K, C), d_key, mask=within(size, channels, D_K, C))
-    if DECAY == "channel":
-        tl.store(flat(d_decay, at, channels, D_K, C), gate, mask=within(size, channels, D_K, C))
-    elif DECAY == "scalar":
-        tl.store(d_decay + at + rows, gate, mask=rows < size)
-
-
-@triton.jit
-def d_queries(
-    q, k, v, decay, beta, kept, values, d_out, d_q, d_k, d_decay,
-    offsets, owners, firsts, n, heads, group, per, skip, part, scale,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    D_K: tl.constexpr, D_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of q; what reaches k and decay by way of the outputs' own chunks is added to theirs."""
-    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b, begin, size = placed(slot, offsets, owners, firsts, n, per, skip, part, C)
-    if size <= 0:
-        return
-    rows, channels, at = tl.arange(0, C), tl.arange(0, BLOCK_K), (b * heads + head) * n + begin
-    key = rows_of(k, b, head, begin, size, channels, D_K, k_b, k_h, k_n, k_d, C)
-    steps = decays(decay, at, size, channels, D_K, C, DECAY)
-    before, _ = before_and_after(steps, DECAY, PRECISION)
-    there = within(size, channels, D_K, C)
-    d_key, gate = tl.load(flat(d_k, at, channels, D_K, C), mask=there, other=0.0), tl.zeros_like(steps)
-    for member in range(0, group):
-        reader = head * group + member
-        query = scale * rows_of(q, b, reader, begin, size, channels, D_K, q_b, q_h, q_n, q_d, C)
-        row = (b * heads * group + reader) * n + begin
-        d_query, d_weights = tl.zeros([C, BLOCK_K], tl.float32), tl.zeros([C, C], tl.float32)
-        for first in range(0, D_V, BLOCK_V):
-            columns = first + tl.arange(0, BLOCK_V)
-            given = tl.load(flat(d_out, row, columns, D_V, C), mask=within(size, columns, D_V, C), other=0.0)
-            place, inside = matrix(kept, slot, heads, head, channels, columns, D_K, D_V)
-            state = tl.load(place, mask=inside, other=0.0)
-            own = written(
-                v, values, beta, b, slot, heads, head, at, begin, size, columns, v_b, v_h, v_n, v_d, D_V, C,
-                DELTA,
-            )  # fmt: skip
-            d_query = tl.dot(given, tl.trans(state), d_query, input_precision=PRECISION)
-            d_weights = tl.dot(given, tl.trans(own), d_weights, input_precision=PRECISION)
-        d_query *= before
-        gate += total_of(tl.trans(up_to(C)), query * d_query, DECAY, PRECISION)
-        d_weights = tl.where(rows[:, None] >= rows[None, :], d_weights, 0.0)
-        by_query, by_key, by_decay = gradients(d_weights, query, key, steps, LEVELS, DECAY, PRECISION)
-        d_key += by_key
-        gate += by_decay
-        tl.store(flat(d_q, row, channels, D_K, C), scale * (d_query + by_query), mask=there)
-    tl.store(flat(d_k, at, channels, D_K, C), d_key, mask=there)
-    if DECAY == "channel":
-        place = flat(d_decay, at, channels, D_K, C)
-        tl.store(place, tl.load(place, mask=there, other=0.0) + gate, mask=there)
-    elif DECAY == "scalar":
-        place = d_decay + at + rows
-        tl.store(place, tl.load(place, mask=rows < size, other=0.0) + gate, mask=rows < size)
